@@ -1,0 +1,177 @@
+"""The lab's command line: `python -m lab --help`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+
+from lab import engine as engines
+from lab import hosts, image
+from lab.console import LabError, say
+from lab.settings import AWS_HOST, HOSTS, NETWORK, STATE
+
+
+@contextlib.contextmanager
+def only_one() -> Iterator[None]:
+    """Keep a second command of this checkout waiting while one changes the lab."""
+    STATE.mkdir(exist_ok=True)
+    with (STATE / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another lab command of this checkout is at work: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def engine_of_this_checkout() -> engines.Engine:
+    """The engine, if no other checkout has its lab there: the platform's addresses exist once on a machine."""
+    engine = engines.ensure()
+    others = {owner for owner in hosts.objects(engine).values() if owner != str(STATE.parent)}
+    if others:
+        raise LabError(f"the lab of another checkout is up: run `make lab-down` in {', '.join(sorted(others))} first")
+    return engine
+
+
+def make_image(_: argparse.Namespace) -> None:
+    """Build the base image alone; it needs nothing but Python's standard library."""
+    with only_one():
+        image.ensure(engine_of_this_checkout())
+
+
+def core(_: argparse.Namespace) -> None:
+    """Bring up what every host needs: the engine, the network and the AWS side."""
+    with only_one():
+        _core()
+
+
+def _core() -> tuple[engines.Engine, bytes, str]:
+    from lab.aws import side  # needs the controller's packages, which `image` must not
+
+    engine = engine_of_this_checkout()
+    base = image.ensure(engine)
+    if not shutil.which("ssh-keygen"):
+        engines.apt_install(["openssh-client"])
+    hosts.keys()
+    hosts.network(engine)
+    return engine, *side.up(engine, base)
+
+
+def up(_: argparse.Namespace) -> None:
+    """Bring up the whole lab; what is up already stays as it is."""
+    with only_one():
+        engine, ca, mirror_key = _core()
+        changed = hosts.up(engine, image.name(), ca, mirror_key)
+    say("the lab is up" if changed else "the lab was up already")
+
+
+def down(_: argparse.Namespace) -> None:
+    """Remove the lab: containers, network, images, and the engine if the lab started it."""
+    with only_one():
+        engine = engines.running()
+        if engine:
+            hosts.down(engine)
+        engines.stop()
+    say("the lab is down; the cache stays in .lab until `make clean`")
+
+
+def status(_: argparse.Namespace) -> None:
+    """Print the hosts with their addresses, and what to try next."""
+    engine = engines.running()
+    if engine is None or engine.inspect("network", NETWORK) is None:
+        raise LabError("the lab is down: `make lab` brings it up")
+    rows = [("host", "address", "state", "what it is")]
+    for name, container, address, what in (
+        *((host.name, host.container, host.address, host.services or host.role) for host in HOSTS),
+        ("aws", AWS_HOST, "10.0.0.10-12", "AWS API, registry, package mirror"),
+    ):
+        found = engine.inspect("container", container)
+        rows.append((name, address, found["State"]["Status"] if found else "missing", what))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(
+        "\nTry next:\n"
+        "  .venv/bin/python -m lab ssh bastion curl -s 10.0.2.31:8000/health   the production API, as the Bastion sees it\n"
+        "  .venv/bin/python -m lab ssh ai-prod                                 a shell on a host, through the Bastion\n"
+        "  make site                                                           site.yml again: nothing changes\n"
+        "  make site ARGS='--check --diff'                                     what it would change\n"
+        "  .venv/bin/python -m lab push prod-20261122-1200 --behaviour unhealthy && make site   a release that fails\n"
+        "  make lab-down                                                       remove it all"
+    )
+
+
+def ssh(arguments: argparse.Namespace) -> None:
+    """Log in to a host, or run one command there, as the operators do: through the Bastion."""
+    address = next((host.address for host in HOSTS if host.name == arguments.host), arguments.host)
+    if not hosts.is_up():
+        raise LabError("the lab is down: `make lab` brings it up")
+    os.execvp("ssh", [*hosts.ssh_command(address), *arguments.command])
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Run a command inside a container as root, past SSH."""
+    engine = engines.running()
+    if engine is None:
+        raise LabError("the lab is down: `make lab` brings it up")
+    flags = ["--interactive", *(["--tty"] if sys.stdin.isatty() else [])]
+    os.execvp(engine.prefix[0], [*engine.prefix, "exec", *flags, f"nemo-lab-{arguments.host}", *arguments.command])
+
+
+def push(arguments: argparse.Namespace) -> None:
+    """Push a release of the AI application to the lab's registry."""
+    from lab.aws import images
+
+    images.push(arguments.tag, arguments.behaviour)
+    say(f"pushed ai:{arguments.tag} ({arguments.behaviour})")
+
+
+def remove(arguments: argparse.Namespace) -> None:
+    """Remove a tag from the lab's registry."""
+    from lab.aws import images
+
+    images.remove(arguments.tag)
+    say(f"removed ai:{arguments.tag}")
+
+
+def docker_host(_: argparse.Namespace) -> None:
+    """Print the value of DOCKER_HOST with which other programs reach the lab's engine; empty for the default."""
+    engine = engines.running()
+    print(engine.host_url if engine else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lab", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, function in {
+        "up": up, "down": down, "status": status, "core": core, "image": make_image, "ssh": ssh, "exec": execute,
+        "push": push, "remove": remove, "docker-host": docker_host,
+    }.items():  # fmt: skip
+        command = commands.add_parser(name, help=(function.__doc__ or "").split("\n")[0], description=function.__doc__)
+        command.set_defaults(function=function)
+        if name in ("ssh", "exec"):
+            command.add_argument("host", help="name or address of a host")
+            command.add_argument("command", nargs=argparse.REMAINDER, help="what to run there")
+        if name in ("push", "remove"):
+            command.add_argument("tag", help="for example prod-20261122-1200")
+        if name == "push":
+            command.add_argument("--behaviour", default="healthy", help="healthy, unhealthy, crash, slow-start, ...")
+    arguments = parser.parse_args()
+    try:
+        arguments.function(arguments)
+    except LabError as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lab: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

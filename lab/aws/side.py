@@ -1,0 +1,84 @@
+"""The container of the AWS side: the API, the registry and the package mirror, filled with what the account holds."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import tarfile
+
+from lab import hosts, image, mirror
+from lab.aws import images, payload, seed
+from lab.console import say, step
+from lab.engine import Engine, tar_entry
+from lab.settings import AWS_API, AWS_HOST, HOSTS, LABEL, MIRROR, REGISTRY_ADDRESS, STATE
+
+MIRROR_KEY = STATE / "pki" / "mirror-key.asc"
+INDEX_UNIT = """[Unit]
+Description=Index of the lab's package mirror
+Before=nemo-lab-mirror.service
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/bin/python3 /opt/nemo-lab/mirror.py
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+# Made inside a container of the base image, because this machine may have no gpg; kept, so that hosts stay as they are.
+MAKE_KEY = """set -eu
+export GNUPGHOME=$(mktemp -d)
+gpg --batch --quiet --passphrase '' --quick-generate-key 'nemo lab mirror' ed25519 sign never
+gpg --batch --export-secret-keys --armor
+gpg --batch --export --armor
+"""
+
+
+def _mirror_key(engine: Engine, base: str) -> str:
+    """The mirror's key pair as one armoured text, the secret part first."""
+    if not MIRROR_KEY.exists():
+        MIRROR_KEY.parent.mkdir(mode=0o700, exist_ok=True)
+        text = engine("run", "--rm", "--network=none", "--label", f"{LABEL}={STATE.parent}", base, "sh", "-c", MAKE_KEY)
+        temporary = MIRROR_KEY.with_suffix(".new")
+        temporary.write_text(text + "\n")
+        temporary.chmod(0o600)
+        temporary.rename(MIRROR_KEY)
+    return MIRROR_KEY.read_text()
+
+
+def _mirror_archive(key: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data, mode in (
+            ("/opt/nemo-lab/mirror.py", pathlib.Path(mirror.__file__).read_bytes(), 0o644),
+            ("/etc/systemd/system/nemo-lab-mirror-index.service", INDEX_UNIT.encode(), 0o644),
+            ("/etc/nemo-lab/mirror-key.asc", key.encode(), 0o600),
+            *((f"/srv/mirror/debian/pool/{deb.name}", deb.read_bytes(), 0o644) for deb in sorted(image.debs().glob("*.deb"))),
+        ):
+            info, content = tar_entry(name, data, mode)
+            tar.addfile(info, io.BytesIO(content))
+        for name, target in (
+            ("multi-user.target.wants/nemo-lab-mirror-index.service", "../nemo-lab-mirror-index.service"),
+            ("ssh.service", "/dev/null"),  # AWS is nobody's host to log in to
+        ):
+            link = tarfile.TarInfo(f"etc/systemd/system/{name}")
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            tar.addfile(link)
+    return buffer.getvalue()
+
+
+def up(engine: Engine, base: str) -> tuple[bytes, str]:
+    """The AWS side, running and filled; returns the lab's CA certificate and the public key of its mirror."""
+    archive = payload.build(STATE, image.debs())
+    key = _mirror_key(engine, base)
+    if hosts.create(engine, base, AWS_HOST, "aws", AWS_API, archive.read_bytes(), _mirror_archive(key)):
+        with step("starting the AWS side: API, registry, package mirror"):
+            hosts.wait_for_boot(engine, AWS_HOST)
+            for address, port in ((AWS_API, 5000), (AWS_API, 443), (REGISTRY_ADDRESS, 443), (MIRROR, 80)):
+                hosts.wait_for_port(address, port)
+    if seed.seed(HOSTS):
+        say("the AWS account holds its instances, volumes, repositories and cluster")
+    images.ensure()
+    return (STATE / "pki" / "ca.crt").read_bytes(), key[key.index("-----BEGIN PGP PUBLIC KEY BLOCK-----") :]

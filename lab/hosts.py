@@ -1,0 +1,277 @@
+"""The lab's network and hosts: systemd containers at the platform's own addresses, behind its security groups."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import ipaddress
+import json
+import re
+import shlex
+import shutil
+import socket
+import tarfile
+import time
+
+from lab.console import LabError, say
+from lab.engine import Engine, tar_entry
+from lab.run import run, text
+from lab.settings import (
+    AWS_API,
+    AWS_NAMES,
+    BASTION,
+    EKS_NODES,
+    HOSTS,
+    IMDS,
+    LABEL,
+    MACHINE,
+    MIRROR,
+    NETWORK,
+    REGISTRY,
+    REGISTRY_ADDRESS,
+    SERVICE_PORTS,
+    STATE,
+    SUBNET,
+    SUITE,
+    USER,
+    Host,
+)
+
+KEY = STATE / "ssh" / "id_ed25519"
+KNOWN_HOSTS = STATE / "known_hosts"
+
+# A container may do within its namespaces what a machine may. What it would share with this machine stays out of
+# reach: the clock, kernel modules, the power switch, and everything under /proc/sys outside its own network.
+CAPABILITIES = ["--cap-add=ALL", *(f"--cap-drop={name}" for name in ("SYS_RESOURCE", "SYS_TIME", "SYS_MODULE", "SYS_BOOT"))]
+
+BOOT = f"""#!/bin/sh
+# First and every boot of a lab host: what EC2 does from outside an instance.
+set -eu
+if ! cmp -s /usr/local/share/ca-certificates/nemo-lab.crt /etc/nemo-lab/trusted.crt; then
+  update-ca-certificates
+  cp /usr/local/share/ca-certificates/nemo-lab.crt /etc/nemo-lab/trusted.crt
+fi >/dev/null 2>&1
+ssh-keygen -A >/dev/null
+ip route replace {IMDS}/32 dev eth0
+nft -f /etc/nemo-lab/security-groups.nft
+# An engine inside a container finds its control groups read-only otherwise ("bind": only this mount, not the file system).
+for folder in /sys/fs/cgroup /sys/fs/cgroup/*; do
+  if [ ! -L "$folder" ] && mountpoint -q "$folder"; then mount -o remount,bind,rw "$folder"; fi
+done
+"""
+
+BOOT_UNIT = """[Unit]
+Description=What EC2 does from outside an instance
+After=local-fs.target systemd-tmpfiles-setup.service
+Before=network.target ssh.service docker.service containerd.service
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/local/sbin/nemo-lab-boot
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def security_group(host: Host) -> str:
+    """The inbound rules of a host, in nft's language, ahead of the rules by which Docker publishes ports."""
+    bastion = BASTION.address
+    if host == BASTION:
+        allowed = f"ip saddr {MACHINE} tcp dport 22 accept"  # the operators' named addresses
+    else:
+        allowed = f"ip saddr {bastion} tcp dport 22 accept\n    ip saddr {{ {EKS_NODES}, {bastion} }} tcp dport {SERVICE_PORTS} accept"
+    return f"""table inet nemo_lab_security_group
+delete table inet nemo_lab_security_group
+table inet nemo_lab_security_group {{
+  chain inbound {{
+    type filter hook prerouting priority -150; policy accept;
+    iifname != "eth0" accept
+    ct state established,related accept
+    meta l4proto icmp accept
+    meta l4proto icmpv6 accept
+    {allowed}
+    meta l4proto tcp reject with tcp reset
+    drop
+  }}
+}}
+"""
+
+
+def payload(host: Host, ca: bytes, mirror_key: str) -> bytes:
+    """Everything in which one host differs from the base image, as a tar archive."""
+    source = f"Types: deb\nURIs: http://{MIRROR}/debian\nSuites: {SUITE}\nComponents: main\nSigned-By:\n"
+    source += "".join(f" {line or '.'}\n" for line in mirror_key.strip().splitlines())
+    key = KEY.with_suffix(".pub").read_bytes()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for path, data, mode in (
+            ("/usr/local/share/ca-certificates/nemo-lab.crt", ca, 0o644),
+            ("/etc/apt/sources.list.d/nemo-lab.sources", source.encode(), 0o644),
+            ("/etc/nemo-lab/security-groups.nft", security_group(host).encode(), 0o644),
+            ("/usr/local/sbin/nemo-lab-boot", BOOT.encode(), 0o755),
+            ("/etc/systemd/system/nemo-lab-boot.service", BOOT_UNIT.encode(), 0o644),
+        ):
+            info, content = tar_entry(path, data, mode)
+            tar.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("etc/systemd/system/multi-user.target.wants/nemo-lab-boot.service")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/systemd/system/nemo-lab-boot.service"
+        tar.addfile(link)
+        for path, data, mode in ((f"/home/{USER}/.ssh", b"", 0o700), (f"/home/{USER}/.ssh/authorized_keys", key, 0o600)):
+            info, content = tar_entry(path, data, mode)
+            info.uid = info.gid = 1000
+            if not data:
+                info.type = tarfile.DIRTYPE
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def network(engine: Engine) -> None:
+    """The lab's network, isolated: nothing in it reaches anything but the lab and this machine."""
+    if engine.inspect("network", NETWORK):
+        return
+    taken = _route_conflict()
+    if taken:
+        raise LabError(
+            f"the lab needs the platform's network {SUBNET}, but this machine routes part of it elsewhere ({taken}). "
+            "Disconnect that VPN or network while the lab is up."
+        )
+    engine(
+        "network", "create", "--internal", "--subnet", SUBNET, "--gateway", MACHINE, "--label", f"{LABEL}={STATE.parent}",
+        "--opt", f"com.docker.network.bridge.name={NETWORK}", NETWORK,
+    )  # fmt: skip
+
+
+def _route_conflict() -> str:
+    if not shutil.which("ip"):
+        return ""
+    subnet = ipaddress.ip_network(SUBNET)
+    for route in json.loads(text(["ip", "-json", "-4", "route"], check=False) or "[]"):
+        if route["dst"] != "default" and ipaddress.ip_network(route["dst"], strict=False).overlaps(subnet):
+            return f"{route['dst']} by {route.get('dev', 'another interface')}"
+    return ""
+
+
+def keys() -> None:
+    """The key pair that opens the lab's hosts."""
+    if not KEY.exists():
+        KEY.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "nemo-lab", "-f", str(KEY)])
+
+
+def create(engine: Engine, image: str, name: str, hostname: str, address: str, *archives: bytes) -> bool:
+    """A running container with these archives unpacked in it; an existing one made from the same stays as it is."""
+    fingerprint = hashlib.sha256(b"".join([image.encode(), *archives])).hexdigest()[:16]
+    found = engine.inspect("container", name)
+    if found and found["Config"]["Labels"].get("nemo.lab.contents") == fingerprint:
+        if found["State"]["Running"]:
+            return False
+        engine("start", name)
+        return True
+    if found:
+        engine("rm", "--force", "--volumes", name)
+    names = [f"--add-host={REGISTRY}:{REGISTRY_ADDRESS}", *(f"--add-host={api}:{AWS_API}" for api in AWS_NAMES)]
+    engine(
+        "create", "--name", name, "--hostname", hostname, "--network", NETWORK, "--ip", address, *names, *CAPABILITIES,
+        "--security-opt=seccomp=unconfined", "--security-opt=apparmor=unconfined", "--cgroupns=private",
+        "--tmpfs=/run", "--tmpfs=/run/lock", "--tmpfs=/tmp:exec,mode=1777", "--volume=/var/lib/docker",
+        "--stop-signal=SIGRTMIN+3", "--memory=4g",
+        "--label", f"{LABEL}={STATE.parent}", "--label", f"nemo.lab.contents={fingerprint}", image, "/sbin/init",
+    )  # fmt: skip
+    for archive in archives:
+        engine.copy_in(name, archive)
+    engine("start", name)
+    return True
+
+
+def wait_for_boot(engine: Engine, name: str, seconds: float = 90) -> None:
+    """Return when systemd has started everything, and say what failed if it did not."""
+    deadline = time.monotonic() + seconds
+    state = ""
+    while time.monotonic() < deadline:
+        state = engine.exec(name, ["systemctl", "is-system-running"], check=False)
+        if state in ("running", "degraded"):
+            break
+        time.sleep(0.3)
+    failed = engine.exec(name, ["systemctl", "--failed", "--plain", "--no-legend"], check=False)
+    lab_units = [line for line in failed.splitlines() if "nemo-lab" in line]
+    if state not in ("running", "degraded") or lab_units:
+        log = engine.exec(name, ["journalctl", "--no-pager", "--lines=20", "--unit=nemo-lab*"], check=False)
+        raise LabError(f"{name} did not come up (systemd says {state!r}; failed: {failed or 'none'}):\n{log}")
+
+
+def wait_for_port(address: str, port: int, seconds: float = 60) -> None:
+    """Return when a port of the lab answers."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((address, port), timeout=2):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LabError(f"{address}:{port} does not answer: {error}") from error
+            time.sleep(0.2)
+
+
+def up(engine: Engine, image: str, ca: bytes, mirror_key: str) -> bool:
+    """All hosts of the platform, running and reachable by SSH through the Bastion."""
+    made = []
+    for host in HOSTS:
+        hostname = f"ip-{host.address.replace('.', '-')}"
+        if create(engine, image, host.container, hostname, host.address, payload(host, ca, mirror_key)):
+            made.append(host)
+            _forget(host.address)
+    for host in made:
+        wait_for_boot(engine, host.container)
+        say(f"{host.name} is up at {host.address}")
+    if made:
+        wait_for_port(BASTION.address, 22)
+    return bool(made)
+
+
+def _forget(address: str) -> None:
+    """A host made anew has a new key: the only time that the lab may drop the old one by itself."""
+    if KNOWN_HOSTS.exists():
+        lines = KNOWN_HOSTS.read_text().splitlines(keepends=True)
+        pattern = re.compile(rf"^(\S*,)?\[?{re.escape(address)}\]?(:\d+)?[ ,]")
+        KNOWN_HOSTS.write_text("".join(line for line in lines if not pattern.match(line)))
+
+
+def ssh_command(address: str) -> list[str]:
+    """The ssh command line that leads to a host: directly to the Bastion, through it to every other."""
+    options = ["-i", str(KEY), "-o", "IdentitiesOnly=yes", "-o", f"UserKnownHostsFile={KNOWN_HOSTS}"]
+    options += ["-o", "StrictHostKeyChecking=accept-new", "-o", "LogLevel=ERROR"]
+    command = ["ssh", *options]
+    if address != BASTION.address:
+        jump = shlex.join([*command, "-W", "%h:%p", f"{USER}@{BASTION.address}"])
+        command += ["-o", f"ProxyCommand={jump}"]
+    return [*command, f"{USER}@{address}"]
+
+
+def is_up(address: str = MACHINE) -> bool:
+    """Whether the lab's addresses lead to the lab, and not out of this machine."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False
+    return True
+
+
+def objects(engine: Engine) -> dict[str, str]:
+    """Containers of any lab on this engine, by name, with the checkout that owns each."""
+    lines = engine("ps", "--all", "--filter", f"label={LABEL}", "--format", f'{{{{.Names}}}}\t{{{{.Label "{LABEL}"}}}}')
+    return dict(line.split("\t", 1) for line in lines.splitlines())
+
+
+def down(engine: Engine) -> None:
+    """Remove the lab's containers, volumes, network and images; all bear the lab's label."""
+    for name in objects(engine):
+        engine("rm", "--force", "--volumes", name, check=False)
+    if engine.inspect("network", NETWORK):
+        engine("network", "rm", NETWORK)
+    for image in engine("images", "--quiet", "--filter", f"label={LABEL}").split():
+        engine("rmi", "--force", image, check=False)
+    KNOWN_HOSTS.unlink(missing_ok=True)
+

@@ -1,0 +1,66 @@
+"""What the lab consists of: names and addresses, the same as the platform's, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
+STATE = CHECKOUT / ".lab"
+CACHE = STATE / "cache"
+
+LABEL = "nemo.lab"  # on every object of the engine; the value is the checkout that owns it
+NETWORK = "nemo-lab"  # also the name of the bridge
+SUBNET = "10.0.0.0/16"
+MACHINE = "10.0.0.1"  # this machine, seen from the lab: "the outside"
+SUITE = "bookworm"
+USER = "ec2-user"
+
+ACCOUNT = "084375578827"
+REGION = "ap-northeast-2"
+REGISTRY = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com"
+AWS_HOST = "nemo-lab-aws"
+AWS_API = "10.0.0.10"
+REGISTRY_ADDRESS = "10.0.0.11"
+MIRROR = "10.0.0.12"
+IMDS = "169.254.169.254"
+AWS_NAMES = tuple(f"{service}.{REGION}.amazonaws.com" for service in ("api.ecr", "ec2", "sts", "eks"))
+
+EKS_NODES = "10.0.3.0-10.0.5.255"
+SERVICE_PORTS = "8000-8002"
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """One EC2 instance of the platform."""
+
+    name: str
+    address: str
+    role: str
+    services: str = ""
+    instance_type: str = "t3.medium"
+    subnet: str = "10.0.2.0/24"
+
+    @property
+    def container(self) -> str:
+        return f"nemo-lab-{self.name}"
+
+
+BASTION = Host("bastion", "10.0.1.10", "bastion", instance_type="t2.medium", subnet="10.0.1.0/24")
+HOSTS = (
+    BASTION,
+    Host("vllm", "10.0.2.20", "vllm", instance_type="g5.xlarge"),
+    Host("ai-prod", "10.0.2.31", "ai", "ai-prod"),
+    Host("ai-dev", "10.0.2.32", "ai", "ai-dev"),
+)
+
+# The base image of every lab host: what an instance has at its first boot.
+IMAGE_PACKAGES = [
+    "systemd", "systemd-sysv", "dbus", "openssh-server", "python3", "python3-apt", "sudo", "iproute2", "iputils-ping",
+    "nftables", "ca-certificates", "curl", "gpg", "gpg-agent", "kmod", "procps", "less", "file",
+]  # fmt: skip
+# What the roles install, served by the lab's own package mirror with everything it depends on.
+MIRROR_PACKAGES = [
+    "docker.io", "iptables", "amazon-ecr-credential-helper", "chrony", "unattended-upgrades", "jq", "acl",
+    "dnf", "rpm", "createrepo-c", "file", "docker-registry",
+]  # fmt: skip
