@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -121,6 +120,7 @@ def _write(path: pathlib.Path, certificate: x509.Certificate, key: ec.EllipticCu
     path.unlink(missing_ok=True)
     for target, data, mode in ((path.with_suffix(".key"), private, 0o600), (path, public, 0o644)):
         draft = target.with_suffix(target.suffix + ".new")
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-            file.write(data)
+        draft.unlink(missing_ok=True)
+        draft.touch(mode=mode)  # before there is anything to read in it
+        draft.write_bytes(data)
         draft.replace(target)

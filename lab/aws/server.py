@@ -73,14 +73,14 @@ def _get_authorization_token(self: ECRResponse) -> ActionResult:
     """A token lives for twelve hours from now; moto's ended in 2015."""
     answer = _moto_token(self)
     expiry = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=12)
-    for entry in answer.result["authorizationData"]:  # type: ignore[index]
+    for entry in answer.result["authorizationData"]:
         entry["expiresAt"] = expiry
     return answer
 
 
 _moto_token = ECRResponse.get_authorization_token
-ECRResponse.get_authorization_token = _get_authorization_token  # type: ignore[method-assign]
-TaggedEC2Resource.get_tags = _get_tags  # type: ignore[method-assign]
+ECRResponse.get_authorization_token = _get_authorization_token
+TaggedEC2Resource.get_tags = _get_tags
 
 
 class ExpiredToken:
