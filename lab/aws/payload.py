@@ -134,7 +134,7 @@ def build(state: pathlib.Path, debs: pathlib.Path) -> pathlib.Path:
     state is the folder .lab of the checkout; debs holds Debian's docker-registry package.
     """
     files = _files(state, _registry_package(debs))
-    key = hashlib.sha256(_machine().encode())
+    key = hashlib.sha256(machine().encode())
     for path, (data, mode) in sorted(files.items()):
         key.update(f"{path}\0{mode}\0{len(data)}\0".encode() + data)
     cache = state / "cache"
@@ -197,7 +197,7 @@ def _registry_package(debs: pathlib.Path) -> pathlib.Path:
 def _site(cache: pathlib.Path) -> pathlib.Path:
     """A folder of moto and all that it needs, for the Python of the base image on this machine's processor."""
     lock = HERE / "requirements.txt"
-    key = hashlib.sha256(lock.read_bytes() + f"{_machine()} {PYTHON}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(lock.read_bytes() + f"{machine()} {PYTHON}".encode()).hexdigest()[:16]
     target = cache / f"aws-site-{key}"
     if target.exists():
         return target
@@ -205,7 +205,7 @@ def _site(cache: pathlib.Path) -> pathlib.Path:
     for old in cache.glob("aws-site-*"):
         shutil.rmtree(old)
     platforms = [
-        f"--platform={kind}_{_machine()}"
+        f"--platform={kind}_{machine()}"
         for kind in ("manylinux2014", "manylinux_2_17", "manylinux_2_28", "manylinux_2_34")
     ]
     with step("installing moto for the lab"), tempfile.TemporaryDirectory(dir=cache, prefix="aws-new-") as folder:
@@ -219,7 +219,8 @@ def _site(cache: pathlib.Path) -> pathlib.Path:
     return target
 
 
-def _machine() -> str:
+def machine() -> str:
+    """The processor of this machine, as wheels name it."""
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     if machine not in ("x86_64", "aarch64"):
         raise LabError(f"the lab runs on x86_64 and aarch64 machines, not on {machine}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -75,6 +76,7 @@ def session() -> boto3.Session:
     return boto3.Session(aws_access_key_id="lab", aws_secret_access_key="lab", region_name=REGION)
 
 
+@functools.cache
 def client(service: str) -> Any:
     """A client of one service of the lab's account."""
     config = Config(

@@ -1,0 +1,91 @@
+"""The lab's AI service: small, but a real FastAPI application that can be made to fail on purpose.
+
+LAB_BEHAVIOUR, baked into the image, says how: healthy, unhealthy, crash, crash-later, slow-start, hang or stubborn.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+
+BEHAVIOUR = os.environ.get("LAB_BEHAVIOUR", "healthy")
+DELAY = float(os.environ.get("LAB_DELAY", "15"))  # seconds that slow-start takes, or that crash-later waits
+SECRETS = pathlib.Path("/run/secrets")
+STARTED = time.monotonic()
+
+app = FastAPI(title="nemo lab AI service")
+
+
+def release() -> dict[str, str]:
+    """Which release this is, as whoever started it says."""
+    return {name: os.environ.get(f"IMAGE_{name.upper()}", "") for name in ("tag", "digest")}
+
+
+@app.get("/health")
+def health(response: Response) -> dict[str, str]:
+    status = "ok"
+    if BEHAVIOUR == "hang":
+        time.sleep(3600)
+    if BEHAVIOUR == "unhealthy":
+        status = "model not loaded"
+    if BEHAVIOUR == "slow-start" and time.monotonic() - STARTED < DELAY:
+        status = "loading"
+    if status != "ok":
+        response.status_code = 503
+    return {"status": status, **release()}
+
+
+@app.get("/")
+def index() -> dict[str, object]:
+    return {"service": "nemo AI", "user": os.getuid(), **release()}
+
+
+@app.get("/v1/echo")
+def echo(text: str = "") -> dict[str, str]:
+    return {"text": text}
+
+
+@app.post("/v1/echo")
+async def echo_body(request: Request) -> dict[str, object]:
+    return {"body": await request.json()}
+
+
+@app.get("/v1/settings")
+def settings() -> dict[str, list[str]]:
+    """The names of what this service was given, never a value."""
+    secrets = sorted(path.name for path in SECRETS.iterdir() if path.is_file()) if SECRETS.is_dir() else []
+    readable = [name for name in secrets if os.access(SECRETS / name, os.R_OK)]
+    return {"secrets": secrets, "readable": readable, "environment": sorted(os.environ)}
+
+
+def crash_later() -> None:
+    time.sleep(DELAY)
+    print("CRITICAL lost the model: exiting", file=sys.stderr, flush=True)
+    os._exit(4)
+
+
+def main() -> None:
+    print(f"starting {release()['tag'] or 'an unnamed release'} as user {os.getuid()}", flush=True)
+    if BEHAVIOUR == "crash":
+        raise RuntimeError("cannot load the model index /models/index.json: no such file")
+    if BEHAVIOUR == "unhealthy":
+        print("ERROR cannot load the model index: /health will answer 503", file=sys.stderr, flush=True)
+    if BEHAVIOUR == "crash-later":
+        threading.Thread(target=crash_later, daemon=True).start()
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="0.0.0.0", port=int(os.environ.get("PORT", "8000")), access_log=False)
+    )
+    if BEHAVIOUR == "stubborn":  # never ends by itself
+        server.install_signal_handlers = lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    server.run()
+
+
+if __name__ == "__main__":
+    main()
