@@ -1,0 +1,111 @@
+"""Tables of speed, cost and scale: `make bench`, or `make bench ARGS='lab site inventory'`.
+
+  site        a no-change `make site`: time, memory, and how many commands reach each host, by role (the lab must be up)
+  lab         `make lab` with the caches as they are, from a lab that is down, and again on the lab that is up
+  inventory   finding 4, 100 and 1,000 hosts, without and with the cache (a moto server of its own on the loopback)
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+from tests.bench.measure import CHECKOUT, cost, memory_in_use, remote_executions, table
+
+SITE = ["scripts/lab-env", "ansible-playbook", "-i", "inventories/lab", "site.yml"]
+
+
+def site() -> str:
+    """The cost of a run that has nothing to do."""
+    cost(SITE)  # whatever there was to do is done now
+    quiet = [cost(SITE) for _ in range(3)]
+    counted = cost([*SITE, "-vvv"])
+    rows = [
+        (f"no change, run {number}", f"{run.seconds:.1f}", f"{run.memory_mib:.0f}", run.changed)
+        for number, run in enumerate(quiet, start=1)
+    ]
+    text = table("A no-change `make site`", ("run", "seconds", "peak memory, MiB", "changed"), rows)
+    counts = remote_executions(counted.output)
+    hosts = sorted({host for _, host in counts})
+    roles = list(dict.fromkeys(role for role, _ in counts))
+    by_role: list[tuple[object, ...]] = [(role, *(counts.get((role, host), 0) for host in hosts)) for role in roles]
+    by_role.append(("all", *(sum(counts.get((role, host), 0) for role in roles) for host in hosts)))
+    return text + table("Remote executions of a no-change `make site`", ("role", *hosts), by_role)
+
+
+def lab() -> str:
+    """The cost of the first command of the README."""
+    rows = []
+    subprocess.run(["make", "lab-down"], cwd=CHECKOUT, check=True, stdin=subprocess.DEVNULL)
+    empty = "cold" if not (CHECKOUT / ".lab" / "cache").exists() else "caches kept"
+    for name in (f"`make lab`, lab down, {empty}", "`make lab` again"):
+        run = cost(["make", "lab"])
+        rows.append((name, f"{run.seconds:.1f}", f"{run.memory_mib:.0f}", run.changed))
+    return table("`make lab`", ("run", "seconds", "peak memory, MiB", "changed"), rows)
+
+
+def inventory() -> str:
+    """What it costs to find the hosts, by their number."""
+    rows = []
+    for number in (4, 100, 1000):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append((number, *_inventory(number, pathlib.Path(folder))))
+    return table("Finding the hosts", ("instances", "seconds", "seconds with the cache"), rows)
+
+
+def _inventory(number: int, folder: pathlib.Path) -> tuple[str, str]:
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        keys = {"aws_access_key_id": "lab", "aws_secret_access_key": "lab", "region_name": "ap-northeast-2"}
+        ec2 = boto3.client("ec2", endpoint_url=endpoint, **keys)
+        tags = [{"Key": "Project", "Value": "nemo"}, {"Key": "Role", "Value": "ai"}, {"Key": "Name", "Value": "ai"}]
+        image = ec2.describe_images()["Images"][0]["ImageId"]
+        ec2.run_instances(
+            ImageId=image, MinCount=number, MaxCount=number, InstanceType="t3.medium",
+            TagSpecifications=[{"ResourceType": "instance", "Tags": tags}],
+        )  # fmt: skip
+        text = (CHECKOUT / "inventories" / "lab" / "aws_ec2.yml").read_text()
+        lines = [line for line in text.splitlines() if not line.startswith(("endpoint_url:", "cache_connection:"))]
+        source = folder / "aws_ec2.yml"
+        source.write_text("\n".join([*lines, f"endpoint_url: {endpoint}", f"cache_connection: {folder}/cache", ""]))
+        seconds = []
+        for _ in range(2):
+            start = time.monotonic()
+            found = subprocess.run(
+                ["scripts/lab-env", "ansible-inventory", "-i", str(source), "--graph"],
+                cwd=CHECKOUT, capture_output=True, text=True, check=True, timeout=600,
+            ).stdout  # fmt: skip
+            seconds.append(f"{time.monotonic() - start:.1f}")
+            assert found.count("|--ai-") >= number, found[-500:]
+        return seconds[0], seconds[1]
+    finally:
+        server.stop()
+
+
+BENCHES: dict[str, Callable[[], str]] = {"site": site, "lab": lab, "inventory": inventory}
+
+
+def main() -> int:
+    wanted = sys.argv[1:] or ["site", "inventory"]
+    if unknown := set(wanted) - set(BENCHES):
+        print(f"no bench called {', '.join(sorted(unknown))}\n{__doc__}", file=sys.stderr)
+        return 2
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {memory_in_use():.0f} MiB in use before")
+    for name in wanted:
+        print(BENCHES[name](), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

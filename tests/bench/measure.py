@@ -1,0 +1,85 @@
+"""What one command costs: wall time, the machine's memory, and the commands that reach a host."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import pathlib
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
+TASK = re.compile(r"^TASK \[(?:(?P<role>[\w.]+) : )?(?P<name>.*?)\] \*")
+REMOTE = re.compile(r"^<(?P<host>[\d.]+)> SSH: EXEC ")
+CHANGED = re.compile(r"changed=(\d+)")
+
+
+@dataclasses.dataclass
+class Cost:
+    """The measured cost of one command."""
+
+    seconds: float
+    memory_mib: float  # the machine's memory in use at the peak, above what was in use before
+    output: str
+    returncode: int
+
+    @property
+    def changed(self) -> int:
+        return sum(int(number) for number in CHANGED.findall(self.output))
+
+
+def memory_in_use() -> float:
+    """MiB that are not available to new programs."""
+    fields = dict(line.split(":") for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
+    return (int(fields["MemTotal"].split()[0]) - int(fields["MemAvailable"].split()[0])) / 1024
+
+
+def cost(argv: Sequence[str], *, check: bool = True) -> Cost:
+    """Run a command of the checkout and measure it."""
+    before, peak, done = memory_in_use(), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.1):
+            peak = max(peak, memory_in_use())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    start = time.monotonic()
+    run = subprocess.run(
+        list(argv), cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        stdin=subprocess.DEVNULL, timeout=3600,
+    )  # fmt: skip
+    seconds = time.monotonic() - start
+    done.set()
+    watcher.join()
+    if check and run.returncode != 0:
+        sys.exit(f"{' '.join(argv)} failed with status {run.returncode}:\n{run.stdout[-4000:]}")
+    return Cost(seconds, max(0.0, peak - before), run.stdout, run.returncode)
+
+
+def remote_executions(output: str) -> dict[tuple[str, str], int]:
+    """Commands sent to a host, by role and host, from the output of ansible-playbook -vvv."""
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    role = "(play)"
+    for line in output.splitlines():
+        task = TASK.match(line)
+        if task:
+            role = (task["role"] or task["name"]).removeprefix("nemo.platform.")
+        remote = REMOTE.match(line)
+        if remote:
+            counts[role, remote["host"]] += 1
+    return counts
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table with aligned columns."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return f"\n## {title}\n\n" + "\n".join(lines) + "\n"

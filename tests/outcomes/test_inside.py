@@ -1,0 +1,97 @@
+"""What stands on the hosts themselves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lab.settings import HOSTS, USER
+
+ALL = [host.name for host in HOSTS]
+SERVICES = [("ai-prod", "ai-prod"), ("ai-dev", "ai-dev")]
+SECRETS = {"ai-prod": "lab-prod-token", "ai-dev": "lab-dev-token"}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_unit_has_failed(on, name):
+    assert on(name).check_output("systemctl --failed --plain --no-legend") == ""
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_ssh_daemon_takes_keys_only(on, name):
+    settings = on(name).check_output("sshd -T -C user=%s,host=x,addr=10.0.1.10", USER).splitlines()
+    assert "passwordauthentication no" in settings
+    assert "permitrootlogin no" in settings
+    assert "kbdinteractiveauthentication no" in settings
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_journal_is_limited(on, name):
+    assert "SystemMaxUse=" in on(name).check_output("systemd-analyze cat-config systemd/journald.conf")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_security_updates_leave_drivers_kernels_and_the_engine_alone(on, name):
+    shown = on(name).check_output("apt-config dump Unattended-Upgrade::Package-Blacklist")
+    for package in ("nvidia", "linux-image", "docker"):
+        assert package in shown
+    assert on(name).check_output("apt-config shell reboot Unattended-Upgrade::Automatic-Reboot") == "reboot='false'"
+
+
+@pytest.mark.parametrize(("name", "service"), SERVICES)
+def test_the_container_is_confined(on, name, service):
+    settings = json.loads(on(name).check_output("docker container inspect %s", service))[0]
+    host = settings["HostConfig"]
+    assert settings["Config"]["User"] == "10001:10001"
+    assert host["Memory"] == 1024**3
+    assert host["LogConfig"]["Type"] == "json-file"
+    assert set(host["LogConfig"]["Config"]) >= {"max-size", "max-file"}
+    assert "no-new-privileges" in "".join(host["SecurityOpt"])
+    assert host["CapDrop"] == ["ALL"]
+    assert host["ReadonlyRootfs"] is True
+    assert host["Privileged"] is False
+    assert host["RestartPolicy"]["Name"] == "unless-stopped"
+    assert "@sha256:" in settings["Config"]["Image"]
+
+
+@pytest.mark.parametrize(("name", "service"), SERVICES)
+def test_no_process_of_the_service_is_root(on, name, service):
+    users = on(name).check_output("docker top %s -eo uid", service).split()[1:]
+    assert users
+    assert set(users) == {"10001"}
+
+
+@pytest.mark.parametrize(("name", "service"), SERVICES)
+def test_a_secret_is_in_files_of_root_alone(on, name, service):
+    host, secret = on(name), SECRETS[service]
+    assert secret not in host.check_output("docker container inspect %s", service)
+    assert secret not in host.check_output("docker logs %s 2>&1", service)
+    assert secret not in host.check_output("journalctl --no-pager --boot")
+    files = host.check_output("grep -rl --exclude-dir=docker %s /etc /var/lib /home /root || true", secret).split()
+    assert files, "the secret's file was not found"
+    for file in files:
+        assert host.run("runuser -u %s -- cat %s", USER, file).rc != 0, f"{USER} can read {file}"
+
+
+@pytest.mark.parametrize(("name", "service"), SERVICES)
+def test_nothing_is_left_of_a_release(on, name, service):
+    names = on(name).check_output("docker ps --all --format '{{.Names}}'").split()
+    assert names == [service]
+
+
+@pytest.mark.parametrize("name", ["vllm", "ai-prod", "ai-dev"])
+def test_the_engine_listens_on_no_port(on, name):
+    listening = on(name).check_output("ss --listening --tcp --processes --no-header --numeric")
+    assert "dockerd" not in listening
+
+
+@pytest.mark.parametrize("name", ["vllm", "ai-prod", "ai-dev"])
+def test_the_registry_needs_no_stored_password(on, name):
+    settings = json.loads(on(name).file("/root/.docker/config.json").content_string)
+    assert settings["credHelpers"]
+    assert "auths" not in settings or not any("auth" in entry for entry in settings["auths"].values())
+
+
+def test_the_bastion_runs_no_container_engine(on):
+    assert on("bastion").run("command -v dockerd").rc != 0
