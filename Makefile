@@ -35,7 +35,7 @@ unit: setup ## pytest for the plugins, the lab and the project's own rules
 	@$(IN_LAB) pytest tests/unit $(ARGS)
 
 molecule: setup ## Molecule, all scenarios or those of ROLE=
-	@$(IN_LAB) scripts/molecule $(ROLE) $(if $(ARGS),-- $(ARGS))
+	@$(IN_LAB) scripts/molecule $(strip $(ROLE) $(if $(ARGS),-- $(ARGS)))
 
 outcomes: setup ## What the running lab must show, from outside, from the Bastion and inside
 	@$(IN_LAB) pytest tests/outcomes $(ARGS)

@@ -1,0 +1,156 @@
+"""The second way in: the collection, built and installed, works apart from the checkout under the same names."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.unit.helpers import ROOT
+
+BIN = Path(sys.executable).parent
+GALAXY = yaml.safe_load((ROOT / "galaxy.yml").read_text())
+
+
+def run(*command: str | Path, cwd: Path, collections: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "AWS_"))}
+    environment |= {"ANSIBLE_HOME": str(cwd / ".ansible"), "ANSIBLE_NOCOLOR": "1"}
+    if collections:
+        environment["ANSIBLE_COLLECTIONS_PATH"] = str(collections)
+    program, *arguments = command
+    return subprocess.run(
+        [BIN / program, *arguments],
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that has nothing of the checkout in it."""
+    return tmp_path_factory.mktemp("elsewhere")
+
+
+@pytest.fixture(scope="module")
+def archive(elsewhere: Path) -> Path:
+    built = run("ansible-galaxy", "collection", "build", ROOT, "--output-path", elsewhere, cwd=elsewhere)
+    assert built.returncode == 0, built.stderr
+    return elsewhere / f"nemo-platform-{GALAXY['version']}.tar.gz"
+
+
+@pytest.fixture(scope="module")
+def installed(archive: Path, elsewhere: Path) -> Path:
+    collections = elsewhere / "collections"
+    done = run(
+        "ansible-galaxy", "collection", "install", archive, "--offline", "--no-deps", "-p", collections, cwd=elsewhere
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return collections
+
+
+def test_archive_holds_the_collection_and_nothing_of_the_checkout(archive: Path) -> None:
+    with tarfile.open(archive) as tar:
+        names = tar.getnames()
+        links = [member.name for member in tar if member.issym() or member.islnk()]
+    tops = {name.split("/")[0] for name in names}
+    assert tops <= {
+        "CHANGELOG.md", "FILES.json", "LICENSE", "MANIFEST.json", "README.md", "docs", "inventories", "meta",
+        "playbooks", "plugins", "requirements", "roles",
+    }  # fmt: skip
+    assert {"README.md", "LICENSE", "meta", "playbooks", "plugins", "roles"} <= tops
+    assert not [name for name in names if "lab" in name.split("/") or "__pycache__" in name or "known_hosts" in name]
+    assert links == []
+
+
+def tree(folder: str) -> set[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", folder],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()}
+
+
+@pytest.mark.parametrize("folder", ["meta", "playbooks", "plugins", "roles"])
+def test_archive_misses_no_file(archive: Path, folder: str) -> None:
+    with tarfile.open(archive) as tar:
+        files = {member.name for member in tar if member.isfile()}
+    assert tree(folder) - files == set()
+
+
+def test_playbooks_of_the_installed_collection(installed: Path, elsewhere: Path) -> None:
+    names = sorted(path.stem for path in (ROOT / "playbooks").glob("*.yml"))
+    assert {"preflight", "site"} <= set(names)
+    done = run(
+        "ansible-playbook", *(f"nemo.platform.{name}" for name in names), "--syntax-check", "-i", "localhost,",
+        cwd=elsewhere, collections=installed,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line] == [
+        f"playbook: {installed}/ansible_collections/nemo/platform/playbooks/{name}.yml" for name in names
+    ]
+
+
+def documented(collections: Path, cwd: Path) -> dict[str, dict[str, Any]]:
+    """What ansible-doc reads of the collection: kind of plugin -> full name -> documentation."""
+    dumped = run("ansible-doc", "--metadata-dump", "nemo.platform", cwd=cwd, collections=collections)
+    assert dumped.returncode == 0, dumped.stderr
+    kinds = json.loads(dumped.stdout)["all"]
+    return {
+        kind: {name: doc for name, doc in plugins.items() if name.startswith("nemo.platform.")}
+        for kind, plugins in kinds.items()
+    }
+
+
+def without_place(doc: Any) -> Any:
+    if isinstance(doc, dict):
+        return {key: without_place(value) for key, value in doc.items() if key not in ("filename", "path")}
+    return doc
+
+
+def test_same_names_and_documentation_in_both(installed: Path, elsewhere: Path) -> None:
+    checkout, collection = documented(ROOT / "collections", ROOT), documented(installed, elsewhere)
+    assert without_place(checkout) == without_place(collection)
+    assert {name.rsplit(".")[-1] for name in collection["role"]} == {
+        path.parent.parent.name for path in ROOT.glob("roles/*/meta/argument_specs.yml")
+    }
+    modules = {path.stem for path in (ROOT / "plugins/modules").glob("[a-z]*.py")}
+    assert modules <= {name.rsplit(".")[-1] for name in collection["module"]}
+    assert all("doc" in plugin for plugin in collection["module"].values())
+
+
+def test_every_module_is_documented_with_an_example() -> None:
+    for path in sorted((ROOT / "plugins/modules").glob("[a-z]*.py")):
+        text = path.read_text()
+        for part in ("DOCUMENTATION", "EXAMPLES", "RETURN"):
+            assert re.search(rf'^{part} = r?"""', text, re.MULTILINE), f"{path.name} has no {part}"
+        assert f"nemo.platform.{path.stem}:" in text, f"{path.name}: no example uses its full name"
+
+
+def test_dependencies_are_those_of_requirements() -> None:
+    wanted = yaml.safe_load((ROOT / "collections/requirements.yml").read_text())["collections"]
+    assert GALAXY["dependencies"] == {entry["name"]: entry["version"] for entry in wanted}
+
+
+def test_versions_agree() -> None:
+    assert f'version = "{GALAXY["version"]}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"## [{GALAXY['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_changelog_begins_with_unreleased_or_this_version() -> None:
+    headings = re.findall(r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] in ("Unreleased", GALAXY["version"])
