@@ -65,7 +65,6 @@ class LookupModule(LookupBase):
 
     def run(self, terms: list[Any], variables: Mapping[str, Any] | None = None, **kwargs: Any) -> list[bool]:
         """One element: whether any of the terms is an address of this machine."""
-        self.set_options(var_options=variables, direct=kwargs)
         addresses = [str(term) for term in self._flatten(terms) if term]
         try:
             return [any(is_local_address(address) for address in addresses)]
