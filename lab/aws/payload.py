@@ -175,13 +175,12 @@ def _files(state: pathlib.Path, registry: pathlib.Path) -> dict[str, tuple[bytes
         f"{ROOT}/bin/docker-registry": (deb.read(registry, "usr/bin/docker-registry"), 0o755),
         f"{ROOT}/bin/htpasswd": (HTPASSWD.encode(), 0o755),
         f"{ROOT}/registry.yml": (REGISTRY_CONFIG.encode(), 0o644),
-        f"{ROOT}/amis.json": ((HERE / "amis.json").read_bytes(), 0o644),
     }
     for name, (certificate, private) in {"aws": api, "registry": ecr}.items():
         files[f"{ROOT}/tls/{name}.crt"] = (certificate.read_bytes(), 0o644)
         files[f"{ROOT}/tls/{name}.key"] = (private.read_bytes(), 0o600)
-    for module in ("__init__.py", "settings.py", "aws/__init__.py", "aws/server.py"):
-        files[f"{ROOT}/lab/{module}"] = ((HERE.parent / module).read_bytes(), 0o644)
+    for path in ("__init__.py", "settings.py", "aws/__init__.py", "aws/server.py", "aws/amis.json"):
+        files[f"{ROOT}/lab/{path}"] = ((HERE.parent / path).read_bytes(), 0o644)
     for name, text in UNITS.items():
         files[f"etc/systemd/system/nemo-lab-{name}.service"] = (text.encode(), 0o644)
     return files

@@ -32,7 +32,9 @@ os.environ |= {
     "AWS_ACCESS_KEY_ID": "lab",
     "AWS_SECRET_ACCESS_KEY": "lab",
     "MOTO_ACCOUNT_ID": ACCOUNT,
-    "MOTO_AMIS_PATH": str(FOLDER / "amis.json"),  # the platform's own: the 2,000 that moto brings cost a second
+    "MOTO_AMIS_PATH": str(
+        pathlib.Path(__file__).with_name("amis.json")
+    ),  # the platform's own: the 2,000 that moto brings cost a second
     "MOTO_DISABLE_GLOBAL_CORS": "true",
 }
 

@@ -55,7 +55,10 @@ def _mirror_archive(key: str) -> bytes:
             ("/opt/nemo-lab/mirror.py", pathlib.Path(mirror.__file__).read_bytes(), 0o644),
             ("/etc/systemd/system/nemo-lab-mirror-index.service", INDEX_UNIT.encode(), 0o644),
             ("/etc/nemo-lab/mirror-key.asc", key.encode(), 0o600),
-            *((f"/srv/mirror/debian/pool/{deb.name}", deb.read_bytes(), 0o644) for deb in sorted(image.debs().glob("*.deb"))),
+            *(
+                (f"/srv/mirror/debian/pool/{deb.name}", deb.read_bytes(), 0o644)
+                for deb in sorted(image.debs().glob("*.deb"))
+            ),
         ):
             info, content = tar_entry(name, data, mode)
             tar.addfile(info, io.BytesIO(content))
