@@ -144,6 +144,7 @@ def build(state: pathlib.Path, debs: pathlib.Path) -> pathlib.Path:
         for old in cache.glob("aws-*.tar"):
             old.unlink()
         draft = target.with_suffix(".new")
+        draft.touch(mode=0o600)  # the servers' keys are in it
         with step("packing the AWS side of the lab"), tarfile.open(draft, "w") as archive:
             for path, (data, mode) in sorted(files.items()):
                 archive.addfile(_entry(path, len(data), mode), io.BytesIO(data))
