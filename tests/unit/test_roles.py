@@ -119,3 +119,8 @@ class TestTable:
         once = role_docs.written("# x\n", table)
         assert once == f"# x\n\n## Inputs\n\n{table}\n"
         assert role_docs.written(once, table) == once
+
+    def test_table_by_hand_gives_way(self) -> None:
+        table = role_docs.table({"main": {}})
+        old = "# x\n\n## Inputs\n\nSome words.\n\n| a | b |\n|---|---|\n| c | d |\n\n## Example\n"
+        assert role_docs.written(old, table) == f"# x\n\n## Inputs\n\nSome words.\n\n{table}\n\n## Example\n"
