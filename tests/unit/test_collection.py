@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
 import tarfile
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,38 @@ def test_every_module_is_documented_with_an_example() -> None:
         for part in ("DOCUMENTATION", "EXAMPLES", "RETURN"):
             assert re.search(rf'^{part} = r?"""', text, re.MULTILINE), f"{path.name} has no {part}"
         assert f"nemo.platform.{path.stem}:" in text, f"{path.name}: no example uses its full name"
+
+
+HOST_CODE = sorted([*(ROOT / "plugins/modules").glob("*.py"), *(ROOT / "plugins/module_utils").glob("*.py")])
+
+
+@pytest.mark.parametrize("path", HOST_CODE, ids=lambda path: path.stem)
+def test_modules_are_written_for_the_oldest_python_of_a_host(path: Path) -> None:
+    ast.parse(path.read_text(), feature_version=(3, 9))
+
+
+def test_modules_import_on_a_real_python_39(tmp_path: Path) -> None:
+    """Where the machine has one: with what the grammar allows, the library may still lack a name."""
+    homes = [Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")), Path("/usr")]
+    pythons = [
+        path for home in homes for path in (*home.glob("versions/3.9.*/bin/python"), *home.glob("bin/python3.9"))
+    ]
+    if not pythons:
+        pytest.skip("no Python 3.9 here")
+    # Of the controller's packages a host sees ansible.module_utils alone.
+    (tmp_path / "ansible").symlink_to(Path(str(distribution("ansible-core").locate_file("ansible"))))
+    (tmp_path / "ansible_collections").symlink_to(ROOT / "collections/ansible_collections")
+    modules = [path.stem for path in HOST_CODE if path.parent.name == "modules" and "boto3" not in path.read_text()]
+    assert modules
+    lines = [f"import ansible_collections.nemo.platform.plugins.modules.{name}" for name in modules]
+    done = subprocess.run(
+        [pythons[0], "-S", "-c", "\n".join(lines)],
+        env={"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_dependencies_are_those_of_requirements() -> None:
