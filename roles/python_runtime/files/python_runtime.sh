@@ -46,15 +46,23 @@ esac
 version=''
 if [ "$install" != yes ]; then
   answer absent
-elif (. /etc/os-release 2>/dev/null && [ "${ID:-}-${VERSION_ID:-}" = amzn-2 ]); then
-  log='Amazon Linux 2 packages nothing newer than Python 3.7'
-  answer refused
-elif command -v apt-get >/dev/null 2>&1; then
+fi
+system=$(. /etc/os-release 2>/dev/null && printf '%s' "${ID:-}-${VERSION_ID:-}")
+case $system in # by name: either tool may be on the other's systems
+  amzn-2)
+    log='Amazon Linux 2 packages nothing newer than Python 3.7'
+    answer refused
+    ;;
+  amzn-*) manager=dnf ;;
+  debian-* | ubuntu-*) manager=apt-get ;;
+  *) manager=$(command -v apt-get || command -v dnf || echo none) ;;
+esac
+if [ "${manager##*/}" = apt-get ]; then
   # the binding too: without it the apt module cannot run in check mode
   { patiently dpkg --configure -a &&
     patiently apt-get -q update &&
     patiently apt-get -q -y --no-install-recommends install python3 python3-apt; } || answer failed
-elif command -v dnf >/dev/null 2>&1; then
+elif [ "${manager##*/}" = dnf ]; then
   patiently timeout $((patience + 600)) dnf -q -y install python3 python3-dnf || answer failed
 else
   log='neither apt-get nor dnf is there'
