@@ -170,5 +170,5 @@ class ActionModule(ActionBase):
         result["changed"] = False
         if found:
             result["failed"] = True
-            result["msg"] = preflight.report(found, [os.path.relpath(source) for source in sources])
+            result["msg"] = preflight.report(found, [min(source, os.path.relpath(source), key=len) for source in sources])
         return result

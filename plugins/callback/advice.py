@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
+from ansible.errors import AnsibleError
 from ansible.plugins.callback import CallbackBase
+from ansible.template import Templar
 
 from ansible_collections.nemo.platform.plugins.module_utils import aws_advice
 
@@ -21,6 +24,8 @@ author: The nemo platform project (@nemo-platform)
 description:
   - Prints one line after an unreachable host or a failed task whose cause is known, namely a changed host key, a refused
     key or user, a Bastion or host that does not answer, a missing Bastion, and an expired AWS token.
+  - What goes wrong on the way through the Bastion is read from the file that the host variable C(nemo_ssh_jump_log) names,
+    as ssh shows nothing of it.
   - The same advice is given once per run.
 requirements:
   - Enable it with C(callbacks_enabled = nemo.platform.advice) in ansible.cfg.
@@ -38,8 +43,10 @@ EXAMPLES = r"""
 _OFFENDING = re.compile(r"Offending (?P<kind>\S+) key in (?P<file>.+?):(?P<line>\d+)")
 _CHANGED_HOST = re.compile(r"[Hh]ost key for (?P<host>\S+) has changed")
 _DENIED = re.compile(r"(?P<who>\S+@\S+?): Permission denied \((?P<how>[^)]*)\)")
+_NO_KEY = re.compile(r"no such identity: (?P<file>.+?): No such file")
 _TIMEOUT = re.compile(r"connect to host (?P<host>\S+) port (?P<port>\d+): (?P<why>[^\r\n]+)")
 _THROUGH = re.compile(r"channel \d+: open failed: (?P<why>[^\r\n]+)|stdio forwarding failed")
+_BROKE_OFF = "UNKNOWN port 65535"
 _TOKEN = re.compile(r"\b(ExpiredToken(Exception)?|RequestExpired)\b|token (included in the request is|has) expired")
 
 
@@ -61,6 +68,9 @@ def _refused_user(text: str) -> str | None:
     found = _DENIED.search(text)
     if not found:
         return None
+    missing = _NO_KEY.search(text)
+    if missing:
+        return f"{found['who']} was refused: the key {missing['file']} does not exist; set nemo_ssh_private_key_file"
     return (
         f"{found['who']} was refused ({found['how']}): is nemo_ssh_private_key_file the key of this instance (and readable"
         " by you alone, or in the agent), and nemo_ssh_user a user of its image?"
@@ -89,7 +99,7 @@ def _no_answer(text: str) -> str | None:
             "no answer in time: is the Bastion running, and is your address among those its security group admits? --flush-cache"
             " looks up the addresses again"
         )
-    if "Connection closed by UNKNOWN port 65535" in text:
+    if _BROKE_OFF in text:
         return "the way through the Bastion broke off: try ssh to the Bastion itself (-vvv shows the command)"
     return None
 
@@ -119,15 +129,37 @@ class CallbackModule(CallbackBase):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._given: set[str] = set()
+        self._play: Any = None
+        self._started = {path: path.stat().st_size for path in Path("~/.ansible/cp").expanduser().glob("*/*.log")}
+
+    def _jump_log(self, result: Any) -> str:
+        """What ssh has said about the connection to the Bastion since this run began."""
+        if self._play is None:
+            return ""
+        manager = self._play.get_variable_manager()
+        variables = manager.get_vars(play=self._play, host=result.host, task=result.task)
+        if "nemo_ssh_jump_log" not in variables:
+            return ""
+        try:
+            path = Path(Templar(self._play.get_loader(), variables).template(variables["nemo_ssh_jump_log"]))
+            return path.read_bytes()[self._started.get(path, 0) :].decode(errors="replace")
+        except (AnsibleError, OSError):
+            return ""
 
     def _advise(self, result: Any, unreachable: bool) -> None:
         values = result.result
         text = "\n".join(str(values[key]) for key in ("msg", "stderr", "module_stderr") if values.get(key))
+        if unreachable and _BROKE_OFF in text:
+            text = f"{text}\n{self._jump_log(result)}"
         line = advice(text, unreachable)
         # The task's own message may say it already.
         if line and line not in self._given and line not in text:
             self._given.add(line)
             self._display.display(f"ADVICE [{result.host.get_name()}]: {line}", color="yellow")
+
+    def v2_playbook_on_play_start(self, play: Any) -> None:
+        """Remember the play, whose variables name the log."""
+        self._play = play
 
     def v2_runner_on_unreachable(self, result: Any) -> None:
         """A host could not be reached."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import trust_as_template
 
 from ansible_collections.nemo.platform.plugins.callback.advice import CallbackModule, advice
 
@@ -24,6 +27,10 @@ Host key verification failed.\r"""
     [
         (CHANGED, "10.0.2.31 is not the one in /home/me/a b/known_hosts line 3"),
         (CHANGED, "ssh-keygen -R 10.0.2.31 -f '/home/me/a b/known_hosts'"),
+        (
+            "no such identity: /a b/key: No such file or directory\nec2-user@10.0.1.10: Permission denied (publickey).",
+            "the key /a b/key does not exist",
+        ),
         ("Host key verification failed.", "does not trust the host's key"),
         ("Failed to connect to the host via ssh: ec2-user@10.0.2.31: Permission denied (publickey).",
          "ec2-user@10.0.2.31 was refused (publickey): is nemo_ssh_private_key_file"),
@@ -68,3 +75,38 @@ def test_same_line_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(shown) == 1
     callback.v2_runner_on_failed(expired)
     assert len(shown) == 2
+
+
+class Manager:
+    """A play whose variables name the log of the connection to the Bastion."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    def get_variable_manager(self) -> Manager:
+        return self
+
+    def get_loader(self) -> DataLoader:
+        return DataLoader()
+
+    def get_vars(self, **_: Any) -> dict[str, Any]:
+        return {"nemo_ssh_jump_log": trust_as_template("{{ folder }}/bastion.log"), "folder": str(self.log.parent)}
+
+
+def test_what_the_bastion_said_in_this_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    log = tmp_path / ".ansible" / "cp" / "12345678" / "bastion.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("old@10.0.1.10: Permission denied (publickey).\n")
+    callback: Any = CallbackModule()
+    shown: list[str] = []
+    monkeypatch.setattr(callback, "_display", SimpleNamespace(display=lambda text, **_: shown.append(text)))
+    host = SimpleNamespace(get_name=lambda: "ai-prod-10.0.2.31")
+    result = SimpleNamespace(result={"msg": "Connection closed by UNKNOWN port 65535"}, host=host, task=None)
+    callback.v2_runner_on_unreachable(result)
+    assert "broke off" in shown.pop()
+    callback.v2_playbook_on_play_start(Manager(log))
+    with log.open("a") as file:
+        file.write("ssh: connect to host 203.0.113.9 port 22: Connection timed out\n")
+    callback.v2_runner_on_unreachable(result)
+    assert "203.0.113.9 port 22 does not answer" in shown.pop()
