@@ -170,5 +170,7 @@ class ActionModule(ActionBase):
         result["changed"] = False
         if found:
             result["failed"] = True
-            result["msg"] = preflight.report(found, [min(source, os.path.relpath(source), key=len) for source in sources])
+            result["msg"] = preflight.report(
+                found, [min(source, os.path.relpath(source), key=len) for source in sources]
+            )
         return result

@@ -60,7 +60,7 @@ class Checkout:
             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
 
-    def list(self, **env: str) -> dict[str, Any]:
+    def listing(self, **env: str) -> dict[str, Any]:
         done = self.run("ansible-inventory", "--list", "--flush-cache", **env)
         assert done.returncode == 0, done.stderr
         # values from AWS are marked as data, never to be templates
@@ -108,7 +108,7 @@ def test_groups_names_and_variables(aws: Aws, checkout: Checkout) -> None:
     aws.instance("10.0.2.35", state="stopped", Project="nemo", Name="old", Role="ai", Services="ai-prod")
     aws.instance("10.0.2.36", Project="other", Name="theirs", Role="ai", Services="ai-prod")
     aws.instance("10.0.3.5", Project="nemo", Name="node", Role="eks-node")
-    found = checkout.list()
+    found = checkout.listing()
     assert {group: sorted(found[group]["hosts"]) for group in found if group not in ("_meta", "all")} == {
         "aws_ec2": [
             "10.0.2.34", "ai-dev-10.0.2.32", "ai-prod-10.0.2.31", "ai-prod-10.0.2.33", "bastion-10.0.1.10",
@@ -134,18 +134,18 @@ def test_groups_names_and_variables(aws: Aws, checkout: Checkout) -> None:
 
 def test_cache_is_used_and_refreshed(aws: Aws, checkout: Checkout) -> None:
     aws.platform()
-    assert len(checkout.list()["aws_ec2"]["hosts"]) == 4
+    assert len(checkout.listing()["aws_ec2"]["hosts"]) == 4
     aws.instance("10.0.3.5", Project="nemo", Name="node", Role="eks-node")
     cached = json.loads(checkout.run("ansible-inventory", "--list").stdout)
     assert len(cached["aws_ec2"]["hosts"]) == 4
-    assert len(checkout.list()["aws_ec2"]["hosts"]) == 5
+    assert len(checkout.listing()["aws_ec2"]["hosts"]) == 5
 
 
 def test_operators_profile_stays_out_of_the_lab(aws: Aws, checkout: Checkout) -> None:
     aws.platform()
     (checkout.home / ".aws").mkdir()
     (checkout.home / ".aws" / "config").write_text("[profile work]\nregion = us-east-1\n")
-    assert len(checkout.list(AWS_PROFILE="work", AWS_REGION="us-east-1")["aws_ec2"]["hosts"]) == 4
+    assert len(checkout.listing(AWS_PROFILE="work", AWS_REGION="us-east-1")["aws_ec2"]["hosts"]) == 4
 
 
 def test_ssh_through_the_bastion(aws: Aws, checkout: Checkout) -> None:
