@@ -70,6 +70,24 @@ def up(_: argparse.Namespace) -> None:
     say("the lab is up" if changed else "the lab was up already")
 
 
+def scenario_hosts(arguments: argparse.Namespace) -> None:
+    """Make bare hosts for tests beside the platform's; without names, remove them."""
+    with only_one():
+        if not arguments.names:
+            hosts.scenario_hosts_down(engine_of_this_checkout())
+            return
+        engine, ca, mirror_key = _core()
+        hosts.scenario_hosts(engine, image.name(), ca, mirror_key, arguments.names)
+
+
+def rebuild(arguments: argparse.Namespace) -> None:
+    """Make one host of the platform anew, as bare as at its first boot."""
+    with only_one():
+        engine, ca, mirror_key = _core()
+        engine("rm", "--force", "--volumes", f"nemo-lab-{arguments.host}", check=False)
+        hosts.up(engine, image.name(), ca, mirror_key)
+
+
 def down(_: argparse.Namespace) -> None:
     """Remove the lab: containers, network, images, and the engine if the lab started it."""
     with only_one():
@@ -108,10 +126,9 @@ def status(_: argparse.Namespace) -> None:
 
 def ssh(arguments: argparse.Namespace) -> None:
     """Log in to a host, or run one command there, as the operators do: through the Bastion."""
-    address = next((host.address for host in HOSTS if host.name == arguments.host), arguments.host)
     if not hosts.is_up():
         raise LabError("the lab is down: `make lab` brings it up")
-    os.execvp("ssh", [*hosts.ssh_command(address), *arguments.command])
+    os.execvp("ssh", ["ssh", "-F", str(hosts.SSH_CONFIG), arguments.host, *arguments.command])
 
 
 def execute(arguments: argparse.Namespace) -> None:
@@ -128,7 +145,6 @@ def push(arguments: argparse.Namespace) -> None:
     from lab.aws import images
 
     images.push(arguments.tag, arguments.behaviour)
-    say(f"pushed ai:{arguments.tag} ({arguments.behaviour})")
 
 
 def remove(arguments: argparse.Namespace) -> None:
@@ -136,7 +152,6 @@ def remove(arguments: argparse.Namespace) -> None:
     from lab.aws import images
 
     images.remove(arguments.tag)
-    say(f"removed ai:{arguments.tag}")
 
 
 def docker_host(_: argparse.Namespace) -> None:
@@ -150,15 +165,18 @@ def main() -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function in {
         "up": up, "down": down, "status": status, "core": core, "image": make_image, "ssh": ssh, "exec": execute,
-        "push": push, "remove": remove, "docker-host": docker_host,
+        "push": push, "remove": remove, "docker-host": docker_host, "scenario-hosts": scenario_hosts, "rebuild": rebuild,
     }.items():  # fmt: skip
         command = commands.add_parser(name, help=(function.__doc__ or "").split("\n")[0], description=function.__doc__)
         command.set_defaults(function=function)
+        if name in ("ssh", "exec", "rebuild"):
+            command.add_argument("host", choices=[host.name for host in HOSTS], help="a host of the platform")
         if name in ("ssh", "exec"):
-            command.add_argument("host", help="name or address of a host")
             command.add_argument("command", nargs=argparse.REMAINDER, help="what to run there")
         if name in ("push", "remove"):
             command.add_argument("tag", help="for example prod-20261122-1200")
+        if name == "scenario-hosts":
+            command.add_argument("names", nargs="*", help="one host each, called nemo-lab-scenario-NAME")
         if name == "push":
             command.add_argument("--behaviour", default="healthy", help="healthy, unhealthy, crash, slow-start, ...")
     arguments = parser.parse_args()

@@ -6,8 +6,6 @@ import hashlib
 import io
 import ipaddress
 import json
-import re
-import shlex
 import shutil
 import socket
 import tarfile
@@ -39,6 +37,7 @@ from lab.settings import (
 
 KEY = STATE / "ssh" / "id_ed25519"
 KNOWN_HOSTS = STATE / "known_hosts"
+SSH_CONFIG = STATE / "ssh" / "config"
 
 # A container may do within its namespaces what a machine may. What it would share with this machine stays out of
 # reach: the clock, kernel modules, the power switch, and everything under /proc/sys outside its own network.
@@ -154,10 +153,23 @@ def _route_conflict() -> str:
 
 
 def keys() -> None:
-    """The key pair that opens the lab's hosts."""
+    """The key pair that opens the lab's hosts, and the configuration with which plain ssh reaches them."""
+    KEY.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not KEY.exists():
-        KEY.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "nemo-lab", "-f", str(KEY)])
+    SSH_CONFIG.write_text(ssh_config())
+
+
+def ssh_config() -> str:
+    """The way to every host: directly to the Bastion, through it to the others."""
+    lines = [f"Host {host.name}\n  HostName {host.address}\n" for host in HOSTS]
+    lines += [f"Host {BASTION.name} {BASTION.address}\n  ProxyJump none\n"]
+    lines += [
+        f"Host *\n  User {USER}\n  ProxyJump {BASTION.name}\n"
+        f'  IdentityFile "{KEY}"\n  IdentitiesOnly yes\n'
+        f'  UserKnownHostsFile "{KNOWN_HOSTS}"\n  StrictHostKeyChecking accept-new\n  HashKnownHosts no\n  LogLevel ERROR\n  ConnectTimeout 10\n'
+    ]
+    return "".join(lines)
 
 
 def create(engine: Engine, image: str, name: str, hostname: str, address: str, *archives: bytes) -> bool:
@@ -230,23 +242,20 @@ def up(engine: Engine, image: str, ca: bytes, mirror_key: str) -> bool:
     return bool(made)
 
 
+def scenario_hosts(engine: Engine, image: str, ca: bytes, mirror_key: str, names: list[str]) -> None:
+    """Bare hosts for tests, each with nothing on it but its first boot; one that exists is made anew."""
+    for number, name in enumerate(names, start=10):
+        host = Host(f"scenario-{name}", f"10.0.9.{number}", "test")
+        engine("rm", "--force", "--volumes", host.container, check=False)
+        create(engine, image, host.container, name.replace("_", "-"), host.address, payload(host, ca, mirror_key))
+    for name in names:
+        wait_for_boot(engine, f"nemo-lab-scenario-{name}")
+
+
 def _forget(address: str) -> None:
     """A host made anew has a new key: the only time that the lab may drop the old one by itself."""
     if KNOWN_HOSTS.exists():
-        lines = KNOWN_HOSTS.read_text().splitlines(keepends=True)
-        pattern = re.compile(rf"^(\S*,)?\[?{re.escape(address)}\]?(:\d+)?[ ,]")
-        KNOWN_HOSTS.write_text("".join(line for line in lines if not pattern.match(line)))
-
-
-def ssh_command(address: str) -> list[str]:
-    """The ssh command line that leads to a host: directly to the Bastion, through it to every other."""
-    options = ["-i", str(KEY), "-o", "IdentitiesOnly=yes", "-o", f"UserKnownHostsFile={KNOWN_HOSTS}"]
-    options += ["-o", "StrictHostKeyChecking=accept-new", "-o", "LogLevel=ERROR"]
-    command = ["ssh", *options]
-    if address != BASTION.address:
-        jump = shlex.join([*command, "-W", "%h:%p", f"{USER}@{BASTION.address}"])
-        command += ["-o", f"ProxyCommand={jump}"]
-    return [*command, f"{USER}@{address}"]
+        run(["ssh-keygen", "-R", address, "-f", str(KNOWN_HOSTS)])
 
 
 def is_up(address: str = MACHINE) -> bool:
@@ -263,6 +272,13 @@ def objects(engine: Engine) -> dict[str, str]:
     """Containers of any lab on this engine, by name, with the checkout that owns each."""
     lines = engine("ps", "--all", "--filter", f"label={LABEL}", "--format", f'{{{{.Names}}}}\t{{{{.Label "{LABEL}"}}}}')
     return dict(line.split("\t", 1) for line in lines.splitlines())
+
+
+def scenario_hosts_down(engine: Engine) -> None:
+    """Remove the hosts of scenario_hosts."""
+    for name in objects(engine):
+        if name.startswith("nemo-lab-scenario-"):
+            engine("rm", "--force", "--volumes", name)
 
 
 def down(engine: Engine) -> None:

@@ -12,7 +12,7 @@ from lab import engine as engines
 from lab.console import LabError, step
 from lab.engine import Engine
 from lab.run import run, text
-from lab.settings import CACHE, IMAGE_PACKAGES, LABEL, MIRROR_PACKAGES, STATE, SUITE, USER
+from lab.settings import AI_PACKAGES, CACHE, IMAGE_PACKAGES, LABEL, MIRROR_PACKAGES, STATE, SUITE, USER
 
 REPOSITORY = "nemo-lab/host"
 BASE = "debian:bookworm-slim"  # where a registry is in reach and mmdebstrap cannot run
@@ -23,6 +23,10 @@ export DEBIAN_FRONTEND=noninteractive
 mkdir -p /nemo-lab-debs
 apt-get -o Dir::Cache::archives=/nemo-lab-debs -o APT::Sandbox::User=root -o APT::Keep-Downloaded-Packages=true \\
   install --yes --no-install-recommends --download-only {" ".join(MIRROR_PACKAGES)}
+mkdir -p /nemo-lab-debs/app/partial
+apt-get -o Dir::Cache::archives=/nemo-lab-debs/app -o APT::Sandbox::User=root -o Dir::State::status=/dev/null \\
+  -o APT::Keep-Downloaded-Packages=true install --yes --no-install-recommends --download-only {" ".join(AI_PACKAGES)}
+rm -rf /nemo-lab-debs/app/partial /nemo-lab-debs/app/lock
 useradd --create-home --shell /bin/bash {USER}
 printf '{USER} ALL=(ALL) NOPASSWD: ALL\\n' >/etc/sudoers.d/90-cloud-init-users
 chmod 0440 /etc/sudoers.d/90-cloud-init-users

@@ -59,6 +59,8 @@ IMAGE_PACKAGES = [
     "systemd", "systemd-sysv", "dbus", "openssh-server", "python3", "python3-apt", "sudo", "iproute2", "iputils-ping",
     "nftables", "ca-certificates", "curl", "gpg", "gpg-agent", "kmod", "procps", "less", "file",
 ]  # fmt: skip
+# What the AI image is made of.
+AI_PACKAGES = ["python3-minimal", "python3-fastapi", "python3-uvicorn"]
 # What the roles install, served by the lab's own package mirror with everything it depends on.
 MIRROR_PACKAGES = [
     "docker.io", "iptables", "amazon-ecr-credential-helper", "chrony", "unattended-upgrades", "jq", "acl",

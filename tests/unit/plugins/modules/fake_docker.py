@@ -84,6 +84,10 @@ class FakeDocker:
                 return "it answered 503, not 200"
         return "connection refused"
 
+    def listener(self, port: int) -> str | None:
+        held = any(entry["status"] == "running" and entry["port"] == port for entry in self.containers().values())
+        return "process 1 (docker-proxy)" if held else None
+
     # the engine
 
     def run(self, argv: Sequence[str]) -> tuple[int, str, str]:
@@ -250,7 +254,7 @@ class FakeDocker:
 
     def do_container_logs(self, state: dict[str, Any], words: list[str]) -> tuple[int, str, str]:
         tag = state["containers"][words[-1]]["labels"].get("nemo.tag", "?")
-        return 0, f"starting {tag}\n", f"RuntimeError: {tag} is broken\n"
+        return 0, f"starting {tag}\n", f'RuntimeError: {tag} is broken\nINFO: 10.0.0.1 - "GET /health HTTP/1.1" 503\n'
 
 
 if __name__ == "__main__":

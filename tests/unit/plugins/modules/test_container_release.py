@@ -8,7 +8,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class World:
             "tester",
             check_mode=check_mode,
             probe=self.engine.probe,
-            find_listener=lambda _address, _port: self.listening,
+            find_listener=lambda _address, port: self.listening or self.engine.listener(port),
             sleep=lambda seconds: now.__setitem__(0, now[0] + seconds),
             clock=lambda: now[0],
         )
@@ -110,6 +110,14 @@ class World:
 @pytest.fixture(autouse=True)
 def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _descriptor: None)  # no power is lost here, and there are 2,000 of them
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory where there is some: a kill at every step makes thousands of small files."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
@@ -440,8 +448,13 @@ def test_a_stopped_release_serves_again_even_when_the_new_one_cannot_be_pulled(w
     world.release(1)
     world.engine.container("ai-prod", status="exited")
     world.engine.set(errors={"pull": PULL_ERRORS["registry_unreachable"]})
-    world.failing(2)
+    error, _done = world.failing(2)
+    assert error.reason == "registry_unreachable"
     world.expect_settled("prod-1")
+    world.engine.set(errors={})
+    world.engine.container("ai-prod", status="exited")
+    world.release(2)
+    world.expect_settled("prod-2")
 
 
 def test_a_paused_release_serves_again(world: World) -> None:

@@ -1,0 +1,53 @@
+"""SIGKILL of the controller at any task, at any moment of it: the next run ends well and leaves nothing half done."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+DEV = ("--limit", "ai_dev")
+TASKS = 30  # more than a run has; a number past the end ends this test's loop
+SEED = random.SystemRandom().randrange(10_000)
+
+
+def _finish(site, health):
+    run = site(*DEV)
+    assert run.returncode == 0, run.output[-6000:]
+    assert '"status":"ok"' in health("ai-dev")
+    again = site(*DEV)
+    assert again.returncode == 0, again.output[-6000:]
+    assert again.changed == 0, again.output[-6000:]
+
+
+@pytest.mark.sample
+def test_killed_while_the_engine_is_installed(site, site_killed, rebuilt, health):
+    rebuilt("ai-dev")
+    task = site_killed(8, 2.0, *DEV)
+    assert task, "the run has fewer tasks than this test thinks"
+    _finish(site, health)
+
+
+@pytest.mark.parametrize("number", range(1, TASKS))
+def test_killed_on_a_bare_host(site, site_killed, rebuilt, health, number):
+    delay = random.Random(f"{SEED} {number}").uniform(0, 4)
+    print(f"seed {SEED}: SIGKILL {delay:.2f} s into task {number}")
+    rebuilt("ai-dev")
+    if not site_killed(number, delay, *DEV):
+        return
+    _finish(site, health)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0])
+def test_killed_during_a_release(site, site_killed, image, on, health, delay):
+    tags = {f"dev-2098010{index}-0000": behaviour for index, behaviour in ((1, "healthy"), (2, "slow-start"))}
+    for tag, behaviour in tags.items():
+        image(tag, behaviour)
+        site_killed(_release_task(site_killed), delay, *DEV)
+        _finish(site, health)
+        names = on("ai-dev", "docker ps --all --format '{{.Names}}'").split()
+        assert names == ["ai-dev"]
+
+
+def _release_task(site_killed) -> int:
+    return 20
