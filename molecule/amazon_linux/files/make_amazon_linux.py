@@ -207,7 +207,16 @@ class Workshop:
         ]  # fmt: skip
         spec = self.root / f"{name}-{version}.spec"
         spec.write_text("\n".join(lines) + "\n")
-        run("rpmbuild", "-bb", "--quiet", "--define", f"_topdir {self.root}", "--define", f"_rpmdir {self.packages}", str(spec))
+        run(
+            "rpmbuild",
+            "-bb",
+            "--quiet",
+            "--define",
+            f"_topdir {self.root}",
+            "--define",
+            f"_rpmdir {self.packages}",
+            str(spec),
+        )
 
     def make_key(self) -> None:
         run(
@@ -221,14 +230,36 @@ class Workshop:
     def sign(self, *unsigned: str) -> None:
         """Sign every package but the named ones."""
         packages = [str(path) for path in sorted(self.packages.rglob("*.rpm")) if not path.name.startswith(unsigned)]
-        run("rpmsign", "--define", "__gpg /usr/bin/gpg", "--define", "_gpg_name Amazon Linux of a test", "--addsign", *packages)
+        run(
+            "rpmsign",
+            "--define",
+            "__gpg /usr/bin/gpg",
+            "--define",
+            "_gpg_name Amazon Linux of a test",
+            "--addsign",
+            *packages,
+        )
 
 
 def packages_of_the_release(shop: Workshop) -> None:
     """What the roles install, and what must be there for it to be installable."""
-    shop.rpm("system-release", RELEASE, provides=(f"system-release(releasever) = {RELEASE}",), texts={"/etc/amazon-linux-release": ""})
+    shop.rpm(
+        "system-release",
+        RELEASE,
+        provides=(f"system-release(releasever) = {RELEASE}",),
+        texts={"/etc/amazon-linux-release": ""},
+    )
     shop.rpm("debian-underneath", provides=("/bin/sh", "bash", "systemd", "python3-libs"))
-    for name in ("ca-certificates", "procps-ng", "less", "openssl", "kernel", "nvidia-driver", "python3-dnf", "unsigned"):
+    for name in (
+        "ca-certificates",
+        "procps-ng",
+        "less",
+        "openssl",
+        "kernel",
+        "nvidia-driver",
+        "python3-dnf",
+        "unsigned",
+    ):
         shop.rpm(name, texts={f"/usr/share/amazon-linux-test/{name}": "1\n"})
     # the interpreter of a host that has none: a path that Debian does not use
     shop.rpm("python3", "3.9.25", programs={PYTHON_ELSEWHERE: '#!/bin/sh\nexec /usr/bin/python3 "$@"\n'})
@@ -335,7 +366,13 @@ def make_host() -> None:
     pathlib.Path("/etc/yum.repos.d/amazonlinux.repo").write_text(REPOSITORY)
     base = REPOSITORIES / RELEASE
     preinstalled = ("system-release", "debian-underneath", "openssl", "less", "kernel", "nvidia-driver")
-    run("rpm", "--upgrade", "--force-debian", "--replacepkgs", *(str(next(base.glob(f"{name}-[0-9]*.rpm"))) for name in preinstalled))
+    run(
+        "rpm",
+        "--upgrade",
+        "--force-debian",
+        "--replacepkgs",
+        *(str(next(base.glob(f"{name}-[0-9]*.rpm"))) for name in preinstalled),
+    )
     # a link to /usr/lib on Debian; the package there must not change
     os_release = pathlib.Path("/etc/os-release")
     os_release.unlink(missing_ok=True)
