@@ -9,8 +9,8 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 # Stages share one lab and two cores: an outer -j must not start them together.
 .NOTPARALLEL:
 
-ARGS ?=
-ROLE ?=
+ARGS :=
+ROLE :=
 PY := .venv/bin/python
 IN_LAB := scripts/lab-env
 
