@@ -634,10 +634,13 @@ class Docker:
                 time.sleep(0.5)
         self.fail("%s cannot be removed" % name, err)
 
-    def logs(self, name: str) -> list[str]:
-        rc, out, err = self.run(["docker", "container", "logs", "--tail", str(LOG_LINES), name])
+    def logs(self, name: str, health_path: str) -> list[str]:
+        """The last lines of a container's log, without those that only say that its health was asked for."""
+        rc, out, err = self.run(["docker", "container", "logs", "--tail", str(10 * LOG_LINES), name])
         # An application writes to either stream; what it said on stderr is what matters more, so it stands last.
-        return [] if rc else [line.rstrip() for line in (out + err).splitlines() if line.strip()][-LOG_LINES:]
+        lines = [] if rc else [line.rstrip() for line in (out + err).splitlines() if line.strip()]
+        telling = [line for line in lines if '"GET %s HTTP' % health_path not in line]
+        return (telling or lines)[-LOG_LINES:]
 
     def publishers(self, port: int) -> list[str]:
         out = self.call(
@@ -672,10 +675,12 @@ def probe_http(address: str, port: int, path: str, status: int, timeout: float) 
         answer = connection.getresponse()
         if answer.status == status:
             return None
-        body = answer.read(200).decode("utf-8", "replace").strip()
+        body = answer.read(80).decode("utf-8", "replace").strip()
         return "it answered %d, not %d%s" % (answer.status, status, ": %s" % body.splitlines()[0] if body else "")
-    except (OSError, http.client.HTTPException) as error:
-        return "%s" % (str(error) or type(error).__name__)
+    except OSError as error:
+        return (error.strerror or str(error) or type(error).__name__).lower()
+    except http.client.HTTPException as error:
+        return "it answered what is not HTTP (%s)" % type(error).__name__
     finally:
         connection.close()
 
@@ -885,6 +890,7 @@ class Releaser:
             self.recovered("%s was there without a record of having been proven" % self.name)
         if live and not resume and (live.paused or not live.running) and (live.record or journal):
             self.revive(live)
+            live = self.docker.containers([self.name]).get(self.name)
         if not resume:
             self.store.delete("transition.json")
         self.tidy(live, previous)
@@ -992,7 +998,7 @@ class Releaser:
         port = self.params["port"]
         if live and live.running and port in live.ports:
             return
-        holders = [name for name in self.docker.publishers(port) if name != self.name]
+        holders = self.docker.publishers(port)
         holder = (
             "container %s" % ", ".join(holders) if holders else self.find_listener(self.params["bind_address"], port)
         )
@@ -1006,7 +1012,7 @@ class Releaser:
         image = None
         if digest:
             # An image that was loaded from a file has no digest of a registry; its id says as much.
-            image = self.docker.image(reference) or self.docker.image(digest)
+            image = None
         if not image:
             self.need_space()
             try:
@@ -1143,7 +1149,7 @@ class Releaser:
             if upcoming:
                 self.docker.remove(self.next)
             if live and live.release == record["release"]:
-                log = self.docker.logs(self.name)
+                log = self.docker.logs(self.name, record["health"]["path"])
                 self.docker.remove(self.name)
                 live = None
             if previous and not live:
@@ -1163,7 +1169,11 @@ class Releaser:
             self.store.delete("transition.json")
             self.tidy(live)
         except (ReleaseError, OSError) as second:
-            log += ["-- the old release:"] + self.docker.logs(self.name) if isinstance(second, ReleaseError) else []
+            log += (
+                ["-- the old release:"] + self.docker.logs(self.name, record["health"]["path"])
+                if isinstance(second, ReleaseError)
+                else []
+            )
             text += ". THE OLD RELEASE DOES NOT SERVE EITHER: %s. The next run tries again" % second
         raise ReleaseError(reason, text, log)
 
