@@ -1012,7 +1012,7 @@ class Releaser:
         image = None
         if digest:
             # An image that was loaded from a file has no digest of a registry; its id says as much.
-            image = None
+            image = self.docker.image(reference) or self.docker.image(digest)
         if not image:
             self.need_space()
             try:
