@@ -34,7 +34,7 @@ class FakeDocker:
         self.path = path
         self.calls: list[list[str]] = []
         if not path.exists():
-            self.save({"containers": {}, "images": [], "registry": {}, "errors": {}, "late": [], "memory": 4 << 30})
+            self.save({"containers": {}, "images": [], "registry": {}, "errors": {}, "late": False, "memory": 4 << 30})
 
     def load(self) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(self.path.read_text())
@@ -84,6 +84,13 @@ class FakeDocker:
                 return "it answered 503, not 200"
         return "connection refused"
 
+    def finish_late_stop(self) -> None:
+        """What a killed client had asked for, done by the engine in its own time: it stops the service's container."""
+        state = self.load()
+        if state["late"]:
+            state["containers"]["ai-prod"]["status"] = "exited"
+        self.save(state)
+
     def listener(self, port: int) -> str | None:
         held = any(entry["status"] == "running" and entry["port"] == port for entry in self.containers().values())
         return "process 1 (docker-proxy)" if held else None
@@ -99,10 +106,6 @@ class FakeDocker:
         self.calls.append(words)
         state = self.load()
         command = words[0] if words[0] in ("info", "pull") else " ".join(words[:2])
-        for name in state["late"]:  # what a killed client had asked for, done by the engine in its own time
-            if name in state["containers"] and command != "container inspect":
-                state["containers"][name]["status"] = "exited"
-                state["late"] = []
         error = state["errors"].get(command)
         if error:
             return 1, "", error
@@ -241,6 +244,7 @@ class FakeDocker:
 
     def do_container_stop(self, state: dict[str, Any], words: list[str]) -> tuple[int, str, str]:
         state["containers"][words[-1]]["status"] = "exited"
+        state["late"] = False  # a second stop ends when the first one does
         return 0, words[-1], ""
 
     def do_container_unpause(self, state: dict[str, Any], words: list[str]) -> tuple[int, str, str]:
@@ -254,7 +258,11 @@ class FakeDocker:
 
     def do_container_logs(self, state: dict[str, Any], words: list[str]) -> tuple[int, str, str]:
         tag = state["containers"][words[-1]]["labels"].get("nemo.tag", "?")
-        return 0, f"starting {tag}\n", f'RuntimeError: {tag} is broken\nINFO: 10.0.0.1 - "GET /health HTTP/1.1" 503\n'
+        return (
+            0,
+            f"starting {tag}\n{state.get('log', '')}",
+            f'RuntimeError: {tag} is broken\nINFO: 10.0.0.1 - "GET /health HTTP/1.1" 503\n',
+        )
 
 
 if __name__ == "__main__":

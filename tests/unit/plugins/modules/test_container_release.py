@@ -507,9 +507,10 @@ def test_a_stop_that_the_engine_does_late_does_not_take_the_service_down(world: 
     with_kill(world, 2, "docker container stop")
     state = world.engine.load()
     state["containers"]["ai-prod.previous"]["status"] = "running"
-    state["late"] = ["ai-prod.previous", "ai-prod"]
+    state["late"] = True
     world.engine.save(state)
     world.release(1)
+    world.engine.finish_late_stop()
     world.expect_settled("prod-1")
 
 
@@ -688,10 +689,12 @@ def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
         os._exit(0)
     os.read(ready[0], 1)
     mine = logic.Lock(path)
-    assert not mine.acquire(0)
-    assert mine.holder() == f"alice since 2026-11-22T10:00:00Z (process {child}, releasing prod-2)"
-    os.write(done[1], b".")
-    os.waitpid(child, 0)
+    try:
+        assert not mine.acquire(0)
+        assert mine.holder() == f"alice since 2026-11-22T10:00:00Z (process {child}, releasing prod-2)"
+    finally:
+        os.write(done[1], b".")
+        os.waitpid(child, 0)
     assert mine.acquire(0)
     assert "that process is gone" in mine.holder()
 
@@ -868,6 +871,14 @@ def test_module_failure_is_one_line_and_the_log(
     assert lines[0].endswith(logic.ADVICE["unhealthy"])
     assert lines[1:] == ["Its last log lines:", "  starting broken", "  RuntimeError: broken is broken"]
     assert failed["release"]["tag"] == "prod-1"
+
+
+def test_module_masks_a_secret_that_the_release_logs(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    world.engine.set(log=f"token is {SECRET}\n")
+    failed = run_module(world, world.params(3), monkeypatch, capfd)
+    assert "token is ****" in failed["msg"]
 
 
 def test_module_refuses_bad_arguments_in_one_line(
