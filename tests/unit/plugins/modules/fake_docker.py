@@ -113,7 +113,7 @@ class FakeDocker:
             state, words[1:] if command in ("info", "pull") else words[2:]
         )
         self.save(state)
-        return result  # type: ignore[no-any-return]
+        return result
 
     def do_info(self, state: dict[str, Any], _words: list[str]) -> tuple[int, str, str]:
         data = {
