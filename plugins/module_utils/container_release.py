@@ -418,6 +418,11 @@ class Store:
         self.after("write secrets")
         return folder
 
+    def missing_secrets(self, release: str, names: Sequence[str]) -> list[str]:
+        """Secrets of a release whose files are gone: its container sees them gone too, or will at its next start."""
+        folder = os.path.join(self.releases, release, "secrets")
+        return [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+
     def release_ids(self) -> set[str]:
         try:
             return set(os.listdir(self.releases))
@@ -846,6 +851,7 @@ class Releaser:
             or not self.record
             or self.record["release"] != live.release
             or not live.running
+            or self.store.missing_secrets(live.release, self.after["secrets"])
             or self.health_problem(self.after, health_of(self.params))
         ):
             self.changed, self.action = True, "recovered"
@@ -945,6 +951,10 @@ class Releaser:
         """The wanted release is up; one that is only slow or still starting gets its time before it is replaced."""
         assert live.record
         settings, health = live.record["settings"], health_of(self.params)
+        lost = self.store.missing_secrets(live.release, settings["secrets"])
+        if lost:
+            self.recovered("%s had lost the files of %s and is replaced" % (self.name, ", ".join(lost)))
+            return False
         if live.running and not live.paused and self.health_problem(settings, health) is None:
             return True
         try:

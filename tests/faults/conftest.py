@@ -62,9 +62,12 @@ def site() -> Callable[..., Run]:
 
 @pytest.fixture
 def site_killed() -> Callable[..., str]:
-    """Run site.yml and SIGKILL every process of the controller when its nth task starts; returns that task's line."""
+    """Run site.yml and SIGKILL the controller some time after its nth task, or the task of a name, started.
 
-    def call(number: int, delay: float, *arguments: str) -> str:
+    Returns the line of that task; empty where the run ended before it.
+    """
+
+    def call(which: int | str, delay: float, *arguments: str) -> str:
         process = subprocess.Popen(
             [*SITE, *arguments], cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             stdin=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -77,7 +80,7 @@ def site_killed() -> Callable[..., str]:
             for line in process.stdout:
                 if line.startswith("TASK ["):
                     seen += 1
-                    if seen == number:
+                    if seen == which or (isinstance(which, str) and which in line):
                         task = line.strip()
                         break
             if task:
