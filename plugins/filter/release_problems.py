@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ansible_collections.nemo.platform.plugins.module_utils.container_release import check_request
+from ansible_collections.nemo.platform.plugins.module_utils.ecr import EcrError, matches, tag_rule
 from ansible_collections.nemo.platform.plugins.modules.container_release import ARGUMENTS
 
 DOCUMENTATION = r"""
@@ -59,6 +60,18 @@ def number(value: Any, kind: Callable[[Any], Any]) -> Any:
         return value
 
 
+def tag_problem(service: Mapping[str, Any]) -> str:
+    """Why the pinned tag may not run, or nothing. Here, because a digest keeps the registry's API from being asked."""
+    tag = service.get("tag")
+    try:
+        rule = tag_rule(service.get("tag_prefix"), service.get("tag_pattern"))
+    except EcrError as error:
+        return f": {error}"
+    if not tag or rule is None or service.get("tag_outside_rule") or matches(str(tag), rule):
+        return ""
+    return f".tag is {tag!r}; allowed: a tag by the rule {rule.example}, or any with tag_outside_rule: true"
+
+
 def of_one(service: Mapping[str, Any], label: str) -> list[str]:
     """What is wrong with one service."""
     wrong = []
@@ -82,6 +95,8 @@ def of_one(service: Mapping[str, Any], label: str) -> list[str]:
         wrong.append(f"{label}.tag_prefix is {prefix!r}; allowed: the beginning of a tag, such as prod")
     if not (prefix or service.get("tag_pattern") or service.get("tag")):
         wrong.append(f"{label} says no tag; allowed: one of tag_prefix, tag_pattern and tag")
+    if problem := tag_problem(service):
+        wrong.append(f"{label}{problem}")
     if service.get("digest") and not service.get("tag"):
         wrong.append(f"{label}.digest is set without tag; allowed: both, or tag alone")
     return wrong

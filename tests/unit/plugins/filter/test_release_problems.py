@@ -46,6 +46,16 @@ def test_good_services_have_no_problem() -> None:
             {"digest": "sha256:" + "a" * 64},
             "services['ai-prod'].digest is set without tag; allowed: both, or tag alone",
         ),
+        (
+            {"tag": "prod-20261399-1200", "digest": "sha256:" + "a" * 64},
+            "services['ai-prod'].tag is 'prod-20261399-1200'; allowed: a tag by the rule prod-YYYYMMDD-HHMM, "
+            "or any with tag_outside_rule: true",
+        ),
+        (
+            {"tag_pattern": "("},
+            "services['ai-prod']: tag_pattern '(' is no regular expression: "
+            "missing ), unterminated subpattern at position 0",
+        ),
         ({"name": None}, "services[0].name is missing; allowed: the name of the service"),
     ],
     ids=str,
@@ -54,6 +64,20 @@ def test_each_problem_is_named_with_value_and_what_is_allowed(values: dict[str, 
     found = release_problems([{**GOOD, **values}], "services")
     assert found == [text]
     assert "hush-hush" not in str(found)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"tag": "prod-20261122-1200"},
+        {"tag": "hotfix", "tag_outside_rule": True},
+        {"tag": "hotfix-7", "tag_pattern": "^hotfix-[0-9]+$"},
+        {"tag": "hotfix", "tag_prefix": None},
+    ],
+    ids=str,
+)
+def test_pinned_tag_follows_the_rule_or_says_that_it_does_not(values: dict[str, Any]) -> None:
+    assert release_problems([{**GOOD, **values}], "services") == []
 
 
 def test_services_of_one_host_do_not_clash() -> None:
