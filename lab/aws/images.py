@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -70,16 +71,17 @@ def ensure() -> bool:
     return bool(missing)
 
 
-def push(tag: str, behaviour: str = "healthy", *, architecture: str = "") -> str:
+def push(tag: str, behaviour: str = "healthy", *, architecture: str = "", padding: int = 0) -> str:
     """Push an image that behaves like this, and return its digest. A tag that is there already moves.
 
     With an architecture other than this machine's (amd64, arm64), the image claims to be for that one.
+    With padding, it is larger by as many MiB that no compression makes smaller.
     """
     if behaviour not in BEHAVIOURS:
         raise LabError(f"no image behaves {behaviour!r}: one of {', '.join(BEHAVIOURS)}")
     if not re.fullmatch(r"\w[\w.-]{0,127}", tag, re.ASCII):
         raise LabError(f"{tag!r} cannot be a tag: letters, digits, '_', '.' and '-', at most 128, not '.' or '-' first")
-    built = _built(tag, behaviour, architecture)
+    built = _built(tag, behaviour, architecture, padding)
     _push(Registry(pki.authority(STATE / "pki")), tag, built)
     digest = digest_of(built.manifest)
     say(f"{REPOSITORY}:{tag} is {digest} ({behaviour})")
@@ -109,11 +111,16 @@ class _Built:
         self.layers, self.config, self.manifest = layers, config, manifest
 
 
-def _built(tag: str, behaviour: str, architecture: str = "") -> _Built:
+def _built(tag: str, behaviour: str, architecture: str = "", padding: int = 0) -> _Built:
     base, base_diff = _base_layer(image.debs() / "app")
     application = _archive({"app/main.py": (APPLICATION.read_bytes(), 0o644)})
     layers = [base, gzip.compress(application, 9, mtime=0)]
-    config = _json(configuration(tag, behaviour, architecture or _architecture(), [base_diff, digest_of(application)]))
+    diffs = [base_diff, digest_of(application)]
+    if padding:
+        ballast = _archive({"app/padding": (os.urandom(padding << 20), 0o644)})
+        layers.append(gzip.compress(ballast, 1, mtime=0))
+        diffs.append(digest_of(ballast))
+    config = _json(configuration(tag, behaviour, architecture or _architecture(), diffs))
     return _Built(layers, config, _json(manifest_of(config, layers)))
 
 
@@ -134,7 +141,8 @@ def configuration(tag: str, behaviour: str, architecture: str, diffs: list[str])
         },
         "rootfs": {"type": "layers", "diff_ids": diffs},
         "history": [
-            {"created": created, "created_by": f"nemo lab: {part}"} for part in ("Debian packages", "application")
+            {"created": created, "created_by": f"nemo lab: {part}"}
+            for part in ("Debian packages", "application", "padding")[: len(diffs)]
         ],
     }
 

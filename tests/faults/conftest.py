@@ -98,13 +98,13 @@ def site_killed() -> Callable[..., str]:
 
 
 @pytest.fixture
-def image() -> Iterator[Callable[[str, str], str]]:
+def image() -> Iterator[Callable[..., str]]:
     """Push an image that behaves badly; it is gone from the registry afterwards."""
     pushed = []
 
-    def push(tag: str, behaviour: str) -> str:
+    def push(tag: str, behaviour: str, padding: int = 0) -> str:
         pushed.append(tag)
-        return images.push(tag, behaviour)
+        return images.push(tag, behaviour, padding=padding)
 
     yield push
     for tag in pushed:
