@@ -29,6 +29,11 @@ class Run:
 
     returncode: int
     output: str
+    killed_at: str = ""  # the line of the task; empty where the run ended by itself
+
+    @property
+    def tasks(self) -> int:
+        return len(re.findall(r"^TASK \[", self.output, re.MULTILINE))
 
     @property
     def changed(self) -> int:
@@ -61,23 +66,21 @@ def site() -> Callable[..., Run]:
 
 
 @pytest.fixture
-def site_killed() -> Callable[..., str]:
-    """Run site.yml and SIGKILL the controller some time after its nth task, or the task of a name, started.
+def site_killed() -> Callable[..., Run]:
+    """Run site.yml and SIGKILL the controller some time after its nth task, or the task of a name, started."""
 
-    Returns the line of that task; empty where the run ended before it.
-    """
-
-    def call(which: int | str, delay: float, *arguments: str) -> str:
+    def call(which: int | str, delay: float, *arguments: str) -> Run:
         process = subprocess.Popen(
             [*SITE, *arguments], cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             stdin=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
         assert process.stdout
-        seen, task = 0, ""
+        seen, task, lines = 0, "", []
         watchdog = threading.Timer(600, process.kill)
         watchdog.start()
         try:
             for line in process.stdout:
+                lines.append(line)
                 if line.startswith("TASK ["):
                     seen += 1
                     if seen == which or (isinstance(which, str) and which in line):
@@ -92,7 +95,7 @@ def site_killed() -> Callable[..., str]:
             watchdog.cancel()
             process.stdout.close()
             process.wait()
-        return task
+        return Run(process.returncode, "".join(lines), task)
 
     return call
 

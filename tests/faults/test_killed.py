@@ -7,7 +7,8 @@ import random
 import pytest
 
 DEV = ("--limit", "ai_dev")
-TASKS = 30  # more than a run has; a number past the end ends this test's loop
+TASKS = 30  # more than a run has; a number past the end lets the run end by itself
+FEWEST = 12  # a run of fewer did not do its work
 SEED = random.SystemRandom().randrange(10_000)
 
 
@@ -23,7 +24,8 @@ def _finish(site, health):
 @pytest.mark.sample
 def test_killed_while_the_engine_is_installed(site, site_killed, rebuilt, health):
     rebuilt("ai-dev")
-    assert site_killed("Docker Engine runs", 0.5, *DEV)
+    killed = site_killed("Docker Engine runs", 0.5, *DEV)
+    assert killed.killed_at, killed.output[-6000:]
     _finish(site, health)
 
 
@@ -32,7 +34,10 @@ def test_killed_on_a_bare_host(site, site_killed, rebuilt, health, number):
     delay = random.Random(f"{SEED} {number}").uniform(0, 4)
     print(f"seed {SEED}: SIGKILL {delay:.2f} s into task {number}")
     rebuilt("ai-dev")
-    if not site_killed(number, delay, *DEV):
+    killed = site_killed(number, delay, *DEV)
+    if not killed.killed_at:
+        assert killed.returncode == 0, killed.output[-6000:]
+        assert killed.tasks >= FEWEST, f"the run ended after {killed.tasks} tasks:\n{killed.output[-6000:]}"
         return
     _finish(site, health)
 
@@ -41,6 +46,7 @@ def test_killed_on_a_bare_host(site, site_killed, rebuilt, health, number):
 @pytest.mark.parametrize("behaviour", ["healthy", "slow-start"])
 def test_killed_during_a_release(site, site_killed, image, on, health, behaviour, delay):
     image("dev-20980101-0000", behaviour)
-    assert site_killed("Service runs as one proven release", delay, *DEV)
+    killed = site_killed("Service runs as one proven release", delay, *DEV)
+    assert killed.killed_at, killed.output[-6000:]
     _finish(site, health)
     assert on("ai-dev", "docker ps --all --format '{{.Names}}'").split() == ["ai-dev"]

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -74,6 +75,31 @@ def test_archive_holds_the_collection_and_nothing_of_the_checkout(archive: Path)
     assert {"README.md", "LICENSE", "meta", "playbooks", "plugins", "roles"} <= tops
     assert not [name for name in names if "lab" in name.split("/") or "__pycache__" in name or "known_hosts" in name]
     assert links == []
+
+
+def test_archive_holds_no_secret_that_lies_in_the_checkout(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for name in tree("."):
+        target = checkout / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target, follow_symlinks=False)
+    planted = {
+        ".env", ".env.production", ".idea/workspace.xml", ".vault-password", ".vault-password-prod", ".vscode/launch.json",
+        "vault.yml", "key.pem", ".README.md.swp",
+        "inventories/aws/.env", "inventories/aws/.idea/workspace.xml", "inventories/aws/.vault-password",
+        "inventories/aws/.vscode/launch.json", "inventories/aws/group_vars/all/vault.yml",
+        "inventories/aws/group_vars/ai/vault.yaml", "inventories/aws/group_vars/all/.vault.yml.swp", "roles/ai_api/files/a.key",
+    }  # fmt: skip
+    for name in planted:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("secret\n")
+    built = run("ansible-galaxy", "collection", "build", checkout, "--output-path", tmp_path, cwd=tmp_path)
+    assert built.returncode == 0, built.stderr
+    with tarfile.open(tmp_path / f"nemo-platform-{GALAXY['version']}.tar.gz") as tar:
+        names = set(tar.getnames())
+    assert "inventories/aws/group_vars/all/platform.yml" in names
+    assert planted & names == set()
+    assert not [name for name in names if {".idea", ".vscode"} & set(name.split("/"))]
 
 
 def tree(folder: str) -> set[str]:

@@ -60,6 +60,42 @@ class TestCounting:
     def test_failed_play_is_a_failure(self, tests: ModuleType) -> None:
         assert tests.from_recap(2, "a : ok=5 changed=0 unreachable=0 failed=1\n").failed == 1
 
+    def test_bare_lab_shows_what_would_change(self, tests: ModuleType) -> None:
+        bare = "a : ok=5 changed=0 unreachable=0 failed=0\nb : ok=5 \x1b[33mchanged=2\x1b[0m unreachable=0 failed=0\n"
+        assert tests.from_bare(0, bare, lab_was_up=False) == tests.Counts(1, 0)
+        assert tests.from_bare(2, bare, lab_was_up=False).failed == 1
+        assert tests.from_bare(0, "nothing\n", lab_was_up=False).failed == 1
+
+    def test_finished_lab_is_not_bare(self, tests: ModuleType) -> None:
+        finished = "a : ok=5 changed=0 unreachable=0 failed=0\n"
+        assert tests.from_bare(0, finished, lab_was_up=False).failed == 1
+
+    def test_lab_that_was_up_before_is_noted(self, tests: ModuleType) -> None:
+        finished = "a : ok=5 changed=0 unreachable=0 failed=0\n"
+        counted = tests.from_bare(0, finished, lab_was_up=True)
+        assert (counted.passed, counted.failed) == (1, 0)
+        assert "the lab was up before" in counted.note
+        assert tests.from_bare(2, finished, lab_was_up=True).failed == 1
+
+
+class TestStages:
+    def test_again_is_the_whole_first_command(self, tests: ModuleType) -> None:
+        again = {stage.name: stage for stage in tests.stages(lab_was_up=False)}["again"]
+        assert again.command == ["scripts/lab"]
+        assert again.counts(0, "a : ok=5 changed=1 unreachable=0 failed=0\n").failed == 1
+
+    def test_bare_knows_whether_the_lab_was_up(self, tests: ModuleType) -> None:
+        finished = "a : ok=5 changed=0 unreachable=0 failed=0\n"
+        for was_up, failed in ((True, 0), (False, 1)):
+            bare = {stage.name: stage for stage in tests.stages(lab_was_up=was_up)}["bare"]
+            assert bare.command == ["scripts/lab", "--check"]
+            assert bare.counts(0, finished).failed == failed
+
+    def test_bare_comes_before_everything_that_ends_it(self, tests: ModuleType) -> None:
+        names = [stage.name for stage in tests.stages(lab_was_up=False)]
+        needing = [stage.name for stage in tests.stages(lab_was_up=False) if stage.needs_lab]
+        assert names.index("bare") < names.index("lab") < min(names.index(name) for name in needing)
+
 
 class TestRunner:
     @pytest.fixture
@@ -68,7 +104,8 @@ class TestRunner:
 
         def run(*commands: tuple[str, str], minutes: float = 1) -> int:
             made = [tests.Stage(name, ["/bin/sh", "-c", line], tests.from_own_line, minutes) for name, line in commands]
-            monkeypatch.setattr(tests, "stages", lambda: made)
+            monkeypatch.setattr(tests, "stages", lambda lab_was_up: made)
+            monkeypatch.setattr(tests, "lab_is_up", lambda: False)
             monkeypatch.setattr(tests, "KEPT", tmp_path / "kept")
             return tests.main([])
 
@@ -80,6 +117,14 @@ class TestRunner:
     def test_sums(self, whole, capfd: pytest.CaptureFixture[str]) -> None:
         assert whole(("a", "echo '2 passed, 0 failed'"), ("b", "echo '3 passed, 0 failed'")) == 0
         assert self.last_line(capfd) == "5 passed, 0 failed"
+
+    def test_seconds_of_each_and_of_all(self, whole, capfd: pytest.CaptureFixture[str]) -> None:
+        whole(("a", "sleep 1; echo '2 passed, 0 failed'"), ("b", "sleep 1; echo '3 passed, 1 failed'"))
+        rows = {line.split()[0]: line.split()[1:] for line in capfd.readouterr().out.splitlines() if line}
+        assert rows["total"][:2] == ["5", "1"]
+        assert int(rows["a"][2]) >= 1
+        assert int(rows["b"][2]) >= 1
+        assert abs(int(rows["total"][2]) - int(rows["a"][2]) - int(rows["b"][2])) <= 1
 
     def test_goes_on_after_a_failing_stage(self, whole, capfd: pytest.CaptureFixture[str]) -> None:
         assert whole(("a", "echo '2 passed, 1 failed'; exit 1"), ("b", "echo '3 passed, 0 failed'")) == 1
@@ -124,6 +169,19 @@ class TestLabEnvironment:
             "AWS_SHARED_CREDENTIALS_FILE", "AWS_EC2_METADATA_DISABLED",
         }  # fmt: skip
         assert "HTTPS_PROXY" not in seen
+
+    def test_nothing_sets_ansible_up_in_another_way(self) -> None:
+        seen = self.variables(
+            ANSIBLE_CALLBACKS_ENABLED="x", ANSIBLE_VAULT_PASSWORD_FILE="f", ANSIBLE_CONFIG="/other", NO_COLOR="1",
+            PY_COLORS="0",
+        )  # fmt: skip
+        assert {name for name in seen if name.startswith("ANSIBLE_")} == {"ANSIBLE_CONFIG"}
+        assert seen["ANSIBLE_CONFIG"] == str(ROOT / "ansible.cfg")
+        assert (seen["NO_COLOR"], seen["PY_COLORS"]) == ("1", "0")
+
+    def test_the_engine_of_the_caller_stays(self) -> None:
+        seen = self.variables(DOCKER_HOST="unix:///run/mine.sock", DOCKER_CONTEXT="mine")
+        assert (seen["DOCKER_HOST"], seen["DOCKER_CONTEXT"]) == ("unix:///run/mine.sock", "mine")
 
     def test_programs_of_the_checkout_come_first(self) -> None:
         seen = self.variables()
