@@ -26,7 +26,7 @@ setup: ## The virtual environment .venv, from the lock; made again only when the
 	@scripts/setup
 
 site: setup ## site.yml on the running lab (ARGS= goes to ansible-playbook)
-	@$(IN_LAB) ansible-playbook -i inventories/lab site.yml $(ARGS)
+	@$(PY) -m lab check && $(IN_LAB) ansible-playbook -i inventories/lab site.yml $(ARGS)
 
 lint: setup ## ruff, mypy, yamllint, ansible-lint
 	@$(PY) scripts/lint $(ARGS)

@@ -32,7 +32,7 @@ def only_one() -> Iterator[None]:
 def engine_of_this_checkout() -> engines.Engine:
     """The engine, if no other checkout has its lab there: the platform's addresses exist once on a machine."""
     engine = engines.ensure()
-    others = {owner for owner in hosts.objects(engine).values() if owner != str(STATE.parent)}
+    others = hosts.others(engine)
     if others:
         raise LabError(f"the lab of another checkout is up: run `make lab-down` in {', '.join(sorted(others))} first")
     return engine
@@ -71,13 +71,17 @@ def up(_: argparse.Namespace) -> None:
 
 
 def scenario_hosts(arguments: argparse.Namespace) -> None:
-    """Make bare hosts for tests beside the platform's; without names, remove them."""
+    """Make bare hosts for tests beside the platform's, or remove them."""
     with only_one():
-        if not arguments.names:
-            hosts.scenario_hosts_down(engine_of_this_checkout())
+        if arguments.remove:
+            hosts.scenario_hosts_down(engine_of_this_checkout(), arguments.names)
             return
         engine, ca, mirror_key = _core()
-        hosts.scenario_hosts(engine, image.name(), ca, mirror_key, arguments.names)
+        from lab.aws import seed
+
+        made = hosts.scenario(engine, arguments.names)
+        seed.outsiders([host.address for host in made])
+        hosts.scenario_hosts(engine, image.name(), ca, mirror_key, made)
 
 
 def rebuild(arguments: argparse.Namespace) -> None:
@@ -92,9 +96,11 @@ def down(_: argparse.Namespace) -> None:
     """Remove the lab: containers, network, images, and the engine if the lab started it."""
     with only_one():
         engine = engines.running()
+        others = hosts.others(engine) if engine else set()
         if engine:
             hosts.down(engine)
-        engines.stop()
+        if not others:
+            engines.stop()
     say("the lab is down; the cache stays in .lab until `make clean`")
 
 
@@ -110,6 +116,8 @@ def status(_: argparse.Namespace) -> None:
     ):
         found = engine.inspect("container", container)
         rows.append((name, address, found["State"]["Status"] if found else "missing", what))
+    if any(row[2] != "running" for row in rows[1:]):
+        raise LabError("the lab is up in part: `make lab` completes it")
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -126,8 +134,7 @@ def status(_: argparse.Namespace) -> None:
 
 def ssh(arguments: argparse.Namespace) -> None:
     """Log in to a host, or run one command there, as the operators do: through the Bastion."""
-    if not hosts.is_up():
-        raise LabError("the lab is down: `make lab` brings it up")
+    check(arguments)
     os.execvp("ssh", ["ssh", "-F", str(hosts.SSH_CONFIG), arguments.host, *arguments.command])
 
 
@@ -142,16 +149,24 @@ def execute(arguments: argparse.Namespace) -> None:
 
 def push(arguments: argparse.Namespace) -> None:
     """Push a release of the AI application to the lab's registry."""
-    from lab.aws import images
+    from lab.aws import images, side
 
-    images.push(arguments.tag, arguments.behaviour)
+    with only_one(), side.errors():
+        images.push(arguments.tag, arguments.behaviour)
 
 
 def remove(arguments: argparse.Namespace) -> None:
     """Remove a tag from the lab's registry."""
-    from lab.aws import images
+    from lab.aws import images, side
 
-    images.remove(arguments.tag)
+    with only_one(), side.errors():
+        images.remove(arguments.tag)
+
+
+def check(_: argparse.Namespace) -> None:
+    """Say whether the lab's addresses lead to the lab; with it down they would lead out of this machine."""
+    if not hosts.is_up():
+        raise LabError("the lab is down: `make lab` brings it up")
 
 
 def docker_host(_: argparse.Namespace) -> None:
@@ -165,7 +180,7 @@ def main() -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function in {
         "up": up, "down": down, "status": status, "core": core, "image": make_image, "ssh": ssh, "exec": execute,
-        "push": push, "remove": remove, "docker-host": docker_host, "scenario-hosts": scenario_hosts, "rebuild": rebuild,
+        "push": push, "remove": remove, "docker-host": docker_host, "check": check, "scenario-hosts": scenario_hosts, "rebuild": rebuild,
     }.items():  # fmt: skip
         command = commands.add_parser(name, help=(function.__doc__ or "").split("\n")[0], description=function.__doc__)
         command.set_defaults(function=function)
@@ -177,6 +192,7 @@ def main() -> int:
             command.add_argument("tag", help="for example prod-20261122-1200")
         if name == "scenario-hosts":
             command.add_argument("names", nargs="*", help="one host each, called nemo-lab-scenario-NAME")
+            command.add_argument("--remove", action="store_true", help="remove these, or all of them")
         if name == "push":
             command.add_argument("--behaviour", default="healthy", help="healthy, unhealthy, crash, slow-start, ...")
     arguments = parser.parse_args()

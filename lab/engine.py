@@ -74,7 +74,30 @@ def running() -> Engine | None:
     if SOCKET.exists() and own.answers():
         return own
     system = Engine(None)
-    return system if shutil.which("docker") and system.answers() else None
+    if not shutil.which("docker") or not system.answers():
+        return None
+    problem = unsuitable(system)
+    if problem and os.geteuid() != 0:
+        raise LabError(
+            f"the Docker client here uses {problem}: the lab needs an engine that runs on this machine itself"
+        )
+    return None if problem else system
+
+
+def unsuitable(engine: Engine) -> str:
+    """Why an engine cannot carry the lab: its containers must have this machine for a neighbour."""
+    endpoint = engine("context", "inspect", "--format", "{{.Endpoints.docker.Host}}", check=False)
+    if endpoint and not endpoint.startswith("unix://"):
+        return f"a remote engine ({endpoint})"
+    about = engine("info", "--format", "{{.OperatingSystem}} {{.SecurityOptions}}", check=False)
+    return next(
+        (
+            kind
+            for kind, mark in (("Docker Desktop", "Docker Desktop"), ("a rootless engine", "name=rootless"))
+            if mark in about
+        ),
+        "",
+    )
 
 
 def ensure() -> Engine:
@@ -97,7 +120,9 @@ def ensure() -> Engine:
 
 def _install() -> None:
     if not shutil.which("apt-get"):
-        raise LabError("no Docker Engine is installed: install your distribution's package (docker), then run this again.")
+        raise LabError(
+            "no Docker Engine is installed: install your distribution's package (docker), then run this again."
+        )
     with step("Docker Engine is not installed: installing the distribution's packages"):
         apt_install(["docker.io", "iptables"])
         if not shutil.which("docker"):  # Debian 13 packs the client on its own
@@ -106,46 +131,77 @@ def _install() -> None:
 
 def apt_install(packages: Sequence[str]) -> None:
     """Install packages of this machine's distribution without starting any of their services."""
-    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1", "NEEDRESTART_MODE": "l"}
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_MODE": "l"}
     argv = ["apt-get", "-o", "DPkg::Lock::Timeout=300", "install", "--yes", "--no-install-recommends", *packages]
-    if run(argv, env=env, check=False).returncode != 0:  # no package lists yet, or old ones
-        run(["apt-get", "-o", "DPkg::Lock::Timeout=300", "update"], env=env)
-        run(argv, env=env)
+    policy = pathlib.Path("/usr/sbin/policy-rc.d")  # what Debian's maintainer scripts ask before they start anything
+    answer = "#!/bin/sh\n# The nemo lab installs packages; remove this file if it is still here.\nexit 101\n"
+    ours = not policy.exists() or policy.read_text() == answer  # one of an interrupted run goes too
+    try:
+        if ours:
+            policy.write_text(answer)
+            policy.chmod(0o755)
+        if run(argv, env=env, check=False).returncode != 0:  # no package lists yet, or old ones
+            run(["apt-get", "-o", "DPkg::Lock::Timeout=300", "update"], env=env)
+            run(argv, env=env)
+    finally:
+        if ours:
+            policy.unlink()
 
 
 def _start() -> None:
     RUN.mkdir(parents=True, exist_ok=True)
     DATA.mkdir(parents=True, exist_ok=True, mode=0o710)
-    PID_FILE.unlink(missing_ok=True)
     # No bridge, no firewall rules, no forwarding: the lab's network is isolated, so nothing of the machine changes.
+    # Namespaces of its own, because dockerd uses the machine's containerd where one runs.
     argv = [
         "dockerd", "--host", f"unix://{SOCKET}", "--data-root", str(DATA / "docker"), "--exec-root", str(RUN / "exec"),
         "--pidfile", str(PID_FILE), "--bridge", "none", "--iptables=false", "--ip6tables=false", "--ip-masq=false",
-        "--ip-forward=false",
+        "--ip-forward=false", "--containerd-namespace", "nemo-lab", "--containerd-plugins-namespace", "nemo-lab-plugins",
     ]  # fmt: skip
     with step("no Docker Engine runs here: starting the lab's own"):
-        with LOG.open("wb") as log:
-            daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        if not _processes("dockerd"):  # else an interrupted run has started it already
+            PID_FILE.unlink(missing_ok=True)
+            with LOG.open("wb") as log:
+                subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            time.sleep(0.5)
         engine, deadline = Engine(SOCKET), time.monotonic() + 60
         while not (SOCKET.exists() and engine.answers()):
-            if daemon.poll() is not None or time.monotonic() > deadline:
+            if not _processes("dockerd") or time.monotonic() > deadline:
                 lines = LOG.read_text(errors="replace").splitlines()[-8:]
                 raise LabError("the lab's Docker Engine did not start:\n  " + "\n  ".join(lines))
             time.sleep(0.2)
 
 
+def _processes(*programs: str) -> list[int]:
+    """The lab's own engine processes: of these programs, with its folder among their arguments."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            argv = path.read_bytes().split(b"\0")
+            stat = path.with_name("stat").read_text().rpartition(")")[2].split()
+            program = pathlib.Path(argv[0].decode(errors="replace")).name
+            if stat[0] != "Z" and program in programs and any(str(RUN).encode() in argument for argument in argv):
+                found.append(int(path.parent.name))
+    return found
+
+
+def _end(signum: int, seconds: float, *programs: str) -> None:
+    for pid in _processes(*programs):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
+    deadline = time.monotonic() + seconds
+    while _processes(*programs) and time.monotonic() < deadline:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+        time.sleep(0.1)
+
+
 def stop() -> None:
     """Stop the engine that the lab started, and remove all it stored. Any other engine is left alone."""
-    pid = int(PID_FILE.read_text()) if PID_FILE.exists() else 0
-    command = pathlib.Path(f"/proc/{pid}/cmdline")
-    if pid and command.exists() and str(SOCKET).encode() in command.read_bytes():
+    if _processes("dockerd", "containerd"):
         with step("stopping the lab's own Docker Engine"):
-            os.kill(pid, signal.SIGTERM)
-            deadline = time.monotonic() + 30
-            while command.exists() and time.monotonic() < deadline:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, os.WNOHANG)
-                time.sleep(0.1)
+            _end(signal.SIGTERM, 30, "dockerd")
+            _end(signal.SIGKILL, 10, "dockerd", "containerd", "containerd-shim-runc-v2")
     for folder in (RUN, DATA):
         if folder.exists():
             for mount in sorted(_mounts_below(folder), reverse=True):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import hashlib
 import io
 import ipaddress
 import json
+import pathlib
 import shutil
 import socket
 import tarfile
+import threading
 import time
+from collections.abc import Callable
 
 from lab.console import LabError, say
 from lab.engine import Engine, tar_entry
@@ -38,10 +43,15 @@ from lab.settings import (
 KEY = STATE / "ssh" / "id_ed25519"
 KNOWN_HOSTS = STATE / "known_hosts"
 SSH_CONFIG = STATE / "ssh" / "config"
+_KNOWN_HOSTS_LOCK = threading.Lock()
+SCENARIO = "scenario-"  # begins the name of every host that is there for tests alone
 
 # A container may do within its namespaces what a machine may. What it would share with this machine stays out of
 # reach: the clock, kernel modules, the power switch, and everything under /proc/sys outside its own network.
-CAPABILITIES = ["--cap-add=ALL", *(f"--cap-drop={name}" for name in ("SYS_RESOURCE", "SYS_TIME", "SYS_MODULE", "SYS_BOOT"))]
+CAPABILITIES = [
+    "--cap-add=ALL",
+    *(f"--cap-drop={name}" for name in ("SYS_RESOURCE", "SYS_TIME", "SYS_MODULE", "SYS_BOOT")),
+]
 
 BOOT = f"""#!/bin/sh
 # First and every boot of a lab host: what EC2 does from outside an instance.
@@ -117,7 +127,10 @@ def payload(host: Host, ca: bytes, mirror_key: str) -> bytes:
         link = tarfile.TarInfo("etc/systemd/system/multi-user.target.wants/nemo-lab-boot.service")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/systemd/system/nemo-lab-boot.service"
         tar.addfile(link)
-        for path, data, mode in ((f"/home/{USER}/.ssh", b"", 0o700), (f"/home/{USER}/.ssh/authorized_keys", key, 0o600)):
+        for path, data, mode in (
+            (f"/home/{USER}/.ssh", b"", 0o700),
+            (f"/home/{USER}/.ssh/authorized_keys", key, 0o600),
+        ):
             info, content = tar_entry(path, data, mode)
             info.uid = info.gid = 1000
             if not data:
@@ -155,8 +168,13 @@ def _route_conflict() -> str:
 def keys() -> None:
     """The key pair that opens the lab's hosts, and the configuration with which plain ssh reaches them."""
     KEY.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not KEY.exists():
-        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "nemo-lab", "-f", str(KEY)])
+    if not KEY.exists():  # the private part is there last, so that it stands for both
+        draft = KEY.with_name("draft")
+        for left in (draft, draft.with_suffix(".pub")):
+            left.unlink(missing_ok=True)
+        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "nemo-lab", "-f", str(draft)])
+        draft.with_suffix(".pub").replace(KEY.with_suffix(".pub"))
+        draft.replace(KEY)
     SSH_CONFIG.write_text(ssh_config())
 
 
@@ -172,17 +190,22 @@ def ssh_config() -> str:
     return "".join(lines)
 
 
-def create(engine: Engine, image: str, name: str, hostname: str, address: str, *archives: bytes) -> bool:
-    """A running container with these archives unpacked in it; an existing one made from the same stays as it is."""
-    fingerprint = hashlib.sha256(b"".join([image.encode(), *archives])).hexdigest()[:16]
+def create(
+    engine: Engine, image: str, name: str, hostname: str, address: str, identity: str, build: Callable[[], list[bytes]]
+) -> bool:
+    """A running container with these archives unpacked in it; one that was made from the same stays as it is."""
+    fingerprint = hashlib.sha256(f"{image} {identity}".encode()).hexdigest()[:16]
     found = engine.inspect("container", name)
-    if found and found["Config"]["Labels"].get("nemo.lab.contents") == fingerprint:
+    # One that never started may lack its archives: the run that made it was interrupted.
+    whole = found and found["State"]["Status"] != "created"
+    if found and whole and found["Config"]["Labels"].get("nemo.lab.contents") == fingerprint:
         if found["State"]["Running"]:
             return False
         engine("start", name)
         return True
     if found:
         engine("rm", "--force", "--volumes", name)
+    _forget(address)
     names = [f"--add-host={REGISTRY}:{REGISTRY_ADDRESS}", *(f"--add-host={api}:{AWS_API}" for api in AWS_NAMES)]
     engine(
         "create", "--name", name, "--hostname", hostname, "--network", NETWORK, "--ip", address, *names, *CAPABILITIES,
@@ -191,10 +214,21 @@ def create(engine: Engine, image: str, name: str, hostname: str, address: str, *
         "--stop-signal=SIGRTMIN+3", "--memory=4g",
         "--label", f"{LABEL}={STATE.parent}", "--label", f"nemo.lab.contents={fingerprint}", image, "/sbin/init",
     )  # fmt: skip
-    for archive in archives:
+    for archive in build():
         engine.copy_in(name, archive)
     engine("start", name)
     return True
+
+
+def _create_host(engine: Engine, image: str, host: Host, hostname: str, ca: bytes, mirror_key: str) -> bool:
+    archive = payload(host, ca, mirror_key)
+    made = create(
+        engine, image, host.container, hostname, host.address, hashlib.sha256(archive).hexdigest(), lambda: [archive]
+    )
+    wait_for_boot(engine, host.container)
+    if made:
+        say(f"{host.name} is up at {host.address}")
+    return made
 
 
 def wait_for_boot(engine: Engine, name: str, seconds: float = 90) -> None:
@@ -228,34 +262,48 @@ def wait_for_port(address: str, port: int, seconds: float = 60) -> None:
 
 def up(engine: Engine, image: str, ca: bytes, mirror_key: str) -> bool:
     """All hosts of the platform, running and reachable by SSH through the Bastion."""
-    made = []
-    for host in HOSTS:
-        hostname = f"ip-{host.address.replace('.', '-')}"
-        if create(engine, image, host.container, hostname, host.address, payload(host, ca, mirror_key)):
-            made.append(host)
-            _forget(host.address)
-    for host in made:
-        wait_for_boot(engine, host.container)
-        say(f"{host.name} is up at {host.address}")
-    if made:
-        wait_for_port(BASTION.address, 22)
-    return bool(made)
+
+    def bring(host: Host) -> bool:
+        return _create_host(engine, image, host, f"ip-{host.address.replace('.', '-')}", ca, mirror_key)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        made = list(pool.map(bring, HOSTS))
+    wait_for_port(BASTION.address, 22)
+    return any(made)
 
 
-def scenario_hosts(engine: Engine, image: str, ca: bytes, mirror_key: str, names: list[str]) -> None:
+def scenario(engine: Engine, names: list[str]) -> list[Host]:
+    """The hosts with these names for tests: each at an address that no other one has."""
+    containers = {host.container: host for host in (Host(f"{SCENARIO}{name}", "", "ai") for name in names)}
+    found = [engine.inspect("container", name) for name in objects(engine) if name.startswith(f"nemo-lab-{SCENARIO}")]
+    taken = {
+        entry["NetworkSettings"]["Networks"][NETWORK]["IPAMConfig"]["IPv4Address"]
+        for entry in found
+        if entry and entry["Name"].lstrip("/") not in containers
+    }
+    free = (address for address in map("10.0.2.{}".format, range(101, 200)) if address not in taken)
+    return [dataclasses.replace(host, address=next(free)) for host in containers.values()]
+
+
+def scenario_hosts(engine: Engine, image: str, ca: bytes, mirror_key: str, hosts: list[Host]) -> None:
     """Bare hosts for tests, each with nothing on it but its first boot; one that exists is made anew."""
-    for number, name in enumerate(names, start=10):
-        host = Host(f"scenario-{name}", f"10.0.9.{number}", "test")
-        engine("rm", "--force", "--volumes", host.container, check=False)
-        create(engine, image, host.container, name.replace("_", "-"), host.address, payload(host, ca, mirror_key))
-    for name in names:
-        wait_for_boot(engine, f"nemo-lab-scenario-{name}")
+
+    def bring(host: Host) -> None:
+        hostname = host.name.removeprefix(SCENARIO).replace("_", "-")
+        _create_host(engine, image, host, hostname, ca, mirror_key)
+
+    for host in hosts:
+        if engine.inspect("container", host.container):  # its address may be another one's now
+            engine("rm", "--force", "--volumes", host.container)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(bring, hosts))
 
 
 def _forget(address: str) -> None:
     """A host made anew has a new key: the only time that the lab may drop the old one by itself."""
-    if KNOWN_HOSTS.exists():
-        run(["ssh-keygen", "-R", address, "-f", str(KNOWN_HOSTS)])
+    with _KNOWN_HOSTS_LOCK:
+        if KNOWN_HOSTS.exists():
+            run(["ssh-keygen", "-R", address, "-f", str(KNOWN_HOSTS)])
 
 
 def is_up(address: str = MACHINE) -> bool:
@@ -270,24 +318,42 @@ def is_up(address: str = MACHINE) -> bool:
 
 def objects(engine: Engine) -> dict[str, str]:
     """Containers of any lab on this engine, by name, with the checkout that owns each."""
-    lines = engine("ps", "--all", "--filter", f"label={LABEL}", "--format", f'{{{{.Names}}}}\t{{{{.Label "{LABEL}"}}}}')
-    return dict(line.split("\t", 1) for line in lines.splitlines())
+    return _owned(engine, "ps", "--all")
 
 
-def scenario_hosts_down(engine: Engine) -> None:
-    """Remove the hosts of scenario_hosts."""
+def others(engine: Engine) -> set[str]:
+    """Other checkouts whose lab is on this engine; one that is gone owns nothing any more."""
+    owners = set(objects(engine).values())
+    return {owner for owner in owners if owner != str(STATE.parent) and pathlib.Path(owner).exists()}
+
+
+def _owned(engine: Engine, *listing: str) -> dict[str, str]:
+    name = "{{.ID}}" if listing[0] == "images" else "{{.Names}}"
+    lines = engine(*listing, "--filter", f"label={LABEL}", "--format", name).splitlines()
+    kind = "image" if listing[0] == "images" else "container"
+    found = {line: engine.inspect(kind, line) for line in lines}
+    return {line: entry["Config"]["Labels"][LABEL] for line, entry in found.items() if entry}
+
+
+def scenario_hosts_down(engine: Engine, names: list[str]) -> None:
+    """Remove hosts of scenario_hosts: those that are named, or all."""
     for name in objects(engine):
-        if name.startswith("nemo-lab-scenario-"):
+        if name.removeprefix(f"nemo-lab-{SCENARIO}") in names or (
+            name.startswith(f"nemo-lab-{SCENARIO}") and not names
+        ):
             engine("rm", "--force", "--volumes", name)
 
 
 def down(engine: Engine) -> None:
-    """Remove the lab's containers, volumes, network and images; all bear the lab's label."""
-    for name in objects(engine):
-        engine("rm", "--force", "--volumes", name, check=False)
-    if engine.inspect("network", NETWORK):
+    """Remove this lab's containers, volumes, network and images; all bear its label."""
+    kept = others(engine)
+    for name, owner in objects(engine).items():
+        if owner not in kept:
+            engine("rm", "--force", "--volumes", name, check=False)
+    if not kept and engine.inspect("network", NETWORK):
         engine("network", "rm", NETWORK)
-    for image in engine("images", "--quiet", "--filter", f"label={LABEL}").split():
-        engine("rmi", "--force", image, check=False)
-    KNOWN_HOSTS.unlink(missing_ok=True)
-
+    for image, owner in _owned(engine, "images").items():
+        if owner not in kept:
+            engine("rmi", "--force", image, check=False)
+    for left in (KNOWN_HOSTS, KNOWN_HOSTS.with_name("known_hosts.old")):
+        left.unlink(missing_ok=True)

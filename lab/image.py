@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pathlib
+import shlex
 import shutil
 import tempfile
 
@@ -62,6 +64,8 @@ def archive() -> pathlib.Path:
         old.unlink()
     for old in CACHE.glob("debs-*"):
         shutil.rmtree(old)
+    for left in STATE.glob("image-*"):  # of runs that were killed
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=STATE, prefix="image-") as folder:
         work = pathlib.Path(folder)
         if os.geteuid() == 0 and shutil.which("apt-get"):
@@ -75,18 +79,21 @@ def archive() -> pathlib.Path:
 
 def ensure(engine: Engine) -> str:
     """The image in the engine, imported where it is not there yet."""
-    image = name()
-    if engine.inspect("image", image) is None:
+    image, missing = name(), engine.inspect("image", name()) is None
+    if missing or not debs().exists():
         root = archive()
+    if missing:
         with step(f"importing the image {image}"):
-            engine("import", "--change", f"LABEL {LABEL}={STATE.parent}", str(root), image)
+            engine("import", "--change", f"LABEL {LABEL}={json.dumps(str(STATE.parent))}", str(root), image)
     return image
 
 
 def _sources() -> list[str]:
     """The suites with the mirrors that this machine uses itself, or Debian's own."""
     found: dict[str, str] = {}
-    listing = text(["apt-get", "indextargets", "--format", "$(CREATED_BY)|$(ORIGIN)|$(CODENAME)|$(REPO_URI)"], check=False)
+    listing = text(
+        ["apt-get", "indextargets", "--format", "$(CREATED_BY)|$(ORIGIN)|$(CODENAME)|$(REPO_URI)"], check=False
+    )
     for line in listing.splitlines():
         made_by, origin, codename, uri = line.split("|")
         if made_by == "Packages" and origin == "Debian" and codename.startswith(SUITE):
@@ -104,9 +111,9 @@ def _by_mmdebstrap(work: pathlib.Path) -> None:
     with step(f"making the base image from Debian {SUITE} packages (about a minute, once)"):
         run([
             "mmdebstrap", "--variant=minbase", f"--include={','.join(IMAGE_PACKAGES)}",
-            f"--customize-hook=copy-in {work}/customise /",
+            f"--customize-hook=copy-in {shlex.quote(str(work / 'customise'))} /",
             '--customize-hook=chroot "$1" sh /customise',
-            f"--customize-hook=sync-out /nemo-lab-debs {work}/debs",
+            f"--customize-hook=sync-out /nemo-lab-debs {shlex.quote(str(work / 'debs'))}",
             '--customize-hook=rm -rf "$1/customise" "$1/nemo-lab-debs" "$1"/usr/share/doc/* "$1"/usr/share/locale/*',
             SUITE, str(work / "root.tar"), *_sources(),
         ])  # fmt: skip

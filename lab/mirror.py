@@ -24,7 +24,9 @@ def stanza(deb: pathlib.Path) -> str:
 
 def main() -> None:
     """Write the index of every package in the pool, the release file, and its signature."""
-    architecture = subprocess.run(["dpkg", "--print-architecture"], check=True, capture_output=True, text=True).stdout.strip()
+    architecture = subprocess.run(
+        ["dpkg", "--print-architecture"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     suite = ROOT / "debian" / "dists" / SUITE
     index = suite / "main" / f"binary-{architecture}" / "Packages"
     index.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +39,9 @@ def main() -> None:
     )
     pathlib.Path("/etc/nemo-lab/gnupg").mkdir(mode=0o700, exist_ok=True)
     subprocess.run([*GPG, "--import", "/etc/nemo-lab/mirror-key.asc"], check=True, capture_output=True)
-    subprocess.run([*GPG, "--yes", "--clearsign", "--output", str(suite / "InRelease"), str(suite / "Release")], check=True)
+    subprocess.run(
+        [*GPG, "--yes", "--clearsign", "--output", str(suite / "InRelease"), str(suite / "Release")], check=True
+    )
 
 
 if __name__ == "__main__":

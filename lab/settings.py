@@ -63,6 +63,6 @@ IMAGE_PACKAGES = [
 AI_PACKAGES = ["python3-minimal", "python3-fastapi", "python3-uvicorn"]
 # What the roles install, served by the lab's own package mirror with everything it depends on.
 MIRROR_PACKAGES = [
-    "docker.io", "iptables", "amazon-ecr-credential-helper", "chrony", "unattended-upgrades", "jq", "acl",
+    "docker.io", "iptables", "tini", "amazon-ecr-credential-helper", "chrony", "unattended-upgrades", "jq", "acl",
     "dnf", "rpm", "createrepo-c", "file", "docker-registry",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import gzip
 import hashlib
 import io
@@ -29,10 +30,11 @@ BEHAVIOURS = ("healthy", "unhealthy", "crash", "crash-later", "slow-start", "han
 USER = 10001
 
 # What is there from the start: the newest of each kind well-formed and healthy, older ones, and what people push by
-# mistake. Pushed in this order, so that the newest tag is not the last one pushed.
+# mistake. Pushed in this order, so that the newest tag is not the last one pushed. BROKEN says which do not work.
 TAGS = (
     "prod-20250718-1040",
     "prod-20250714-1752",
+    "prod-20250701-0900",
     "dev-20250719-0930",
     "dev-20250711-1615",
     "prod-latest",
@@ -40,6 +42,8 @@ TAGS = (
     "prod-20250720",
     "",  # pushed without a tag
 )
+
+BROKEN = {"prod-20250701-0900": "crash"}
 
 LAYER = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 CONFIG = "application/vnd.docker.container.image.v1+json"
@@ -60,7 +64,7 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 def ensure() -> bool:
     """Every image of TAGS, in the registry and known to the API; whether one was missing."""
-    wanted = {tag: _built(tag, "healthy") for tag in TAGS}
+    wanted = {tag: _built(tag, BROKEN.get(tag, "healthy")) for tag in TAGS}
     known = {(tag, entry["imageDigest"]) for entry in _known() for tag in entry.get("imageTags") or [""]}
     missing = [tag for tag, built in wanted.items() if (tag, digest_of(built.manifest)) not in known]
     if missing:
@@ -197,6 +201,7 @@ def _architecture() -> str:
 # ---- the layer below the application
 
 
+@functools.cache
 def _base_layer(debs: pathlib.Path) -> tuple[bytes, str]:
     """Python, FastAPI and uvicorn as a compressed layer, and the digest of its contents; made once."""
     packages = sorted(debs.glob("*.deb"))

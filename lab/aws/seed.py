@@ -88,7 +88,26 @@ def client(service: str) -> Any:
 def seed(hosts: Sequence[Host]) -> bool:
     """Create what is missing; whether there was anything. Answers at once where the account is complete."""
     ec2: Any = client("ec2")
-    wanted = [*(_instance(host) for host in hosts), *DECOYS]
+    changed = _instances(ec2, [*(_instance(host) for host in hosts), *DECOYS])
+    changed |= _repositories()
+    changed |= _cluster(ec2)
+    return changed
+
+
+def outsiders(addresses: Sequence[str]) -> None:
+    """Instances of no project, for hosts that are there for tests: with the AI hosts' role, in no inventory."""
+    wanted = [
+        _Instance(
+            f"test-{address}", address, {"Name": f"test-{address}", "Project": "test"}, "t3.medium", "10.0.2.0/24",
+            group="nemo-ai", role="nemo-ai",
+        )
+        for address in addresses
+    ]  # fmt: skip
+    _instances(client("ec2"), wanted)
+
+
+def _instances(ec2: Any, wanted: Sequence[_Instance]) -> bool:
+    """Launch those that are not there; whether there was one."""
     present = {
         (instance.get("PrivateIpAddress"), tag["Value"])
         for page in ec2.get_paginator("describe_instances").paginate()
@@ -99,7 +118,6 @@ def seed(hosts: Sequence[Host]) -> bool:
         if tag["Key"] == "lab:complete"  # set last: without it, an earlier run was cut off
     }
     missing = [instance for instance in wanted if (instance.address, _fingerprint(instance)) not in present]
-    changed = bool(missing)
     if missing:
         subnets = _network(ec2)
         groups = _groups(ec2)
@@ -107,9 +125,7 @@ def seed(hosts: Sequence[Host]) -> bool:
         for instance in missing:
             _remove(ec2, instance.address)
             _launch(ec2, instance, subnets[instance.subnet], groups[instance.group])
-    changed |= _repositories()
-    changed |= _cluster(ec2)
-    return changed
+    return bool(missing)
 
 
 def _instance(host: Host) -> _Instance:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import pathlib
 import tarfile
+from collections.abc import Iterator
+
+from botocore.exceptions import BotoCoreError, ClientError
 
 from lab import hosts, image, mirror
 from lab.aws import images, payload, seed
-from lab.console import say, step
+from lab.console import LabError, say
 from lab.engine import Engine, tar_entry
 from lab.settings import AWS_API, AWS_HOST, HOSTS, LABEL, MIRROR, REGISTRY_ADDRESS, STATE
 
@@ -72,16 +77,33 @@ def _mirror_archive(key: str) -> bytes:
     return buffer.getvalue()
 
 
+@contextlib.contextmanager
+def errors() -> Iterator[None]:
+    """Make one line of whatever the lab's AWS API or registry answers."""
+    if not hosts.is_up():
+        raise LabError("the lab is down: `make lab` brings it up")
+    try:
+        yield
+    except (BotoCoreError, ClientError, OSError) as error:
+        raise LabError(f"the AWS side of the lab answered: {error}; `make lab` repairs what it can") from error
+
+
 def up(engine: Engine, base: str) -> tuple[bytes, str]:
     """The AWS side, running and filled; returns the lab's CA certificate and the public key of its mirror."""
-    archive = payload.build(STATE, image.debs())
-    key = _mirror_key(engine, base)
-    if hosts.create(engine, base, AWS_HOST, "aws", AWS_API, archive.read_bytes(), _mirror_archive(key)):
-        with step("starting the AWS side: API, registry, package mirror"):
-            hosts.wait_for_boot(engine, AWS_HOST)
-            for address, port in ((AWS_API, 5000), (AWS_API, 443), (REGISTRY_ADDRESS, 443), (MIRROR, 80)):
-                hosts.wait_for_port(address, port)
-    if seed.seed(HOSTS):
-        say("the AWS account holds its instances, volumes, repositories and cluster")
-    images.ensure()
+    archive, key = payload.build(STATE, image.debs()), _mirror_key(engine, base)
+    identity = hashlib.sha256("\n".join([
+        archive.name, pathlib.Path(mirror.__file__).read_text(), INDEX_UNIT, key,
+        *(f"{deb.name} {deb.stat().st_size}" for deb in sorted(image.debs().glob("*.deb"))),
+    ]).encode()).hexdigest()  # fmt: skip
+    if hosts.create(
+        engine, base, AWS_HOST, "aws", AWS_API, identity, lambda: [archive.read_bytes(), _mirror_archive(key)]
+    ):
+        say("the AWS side starts: API, registry, package mirror")
+    hosts.wait_for_boot(engine, AWS_HOST)
+    for address, port in ((AWS_API, 5000), (AWS_API, 443), (REGISTRY_ADDRESS, 443), (MIRROR, 80)):
+        hosts.wait_for_port(address, port)
+    with errors():
+        if seed.seed(HOSTS):
+            say("the AWS account holds its instances, volumes, repositories and cluster")
+        images.ensure()
     return (STATE / "pki" / "ca.crt").read_bytes(), key[key.index("-----BEGIN PGP PUBLIC KEY BLOCK-----") :]
