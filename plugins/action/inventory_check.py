@@ -111,7 +111,8 @@ class ActionModule(ActionBase):
                 continue
             if name == "nemo_services":
                 # Its secrets may be undefined: looked at one by one in _services().
-                found[name] = True
+                catalogue = self._catalogue(task_vars)
+                found[name] = True if isinstance(catalogue, Mapping) else catalogue
                 continue
             try:
                 found[name] = self._templar.template(task_vars[name])
@@ -119,18 +120,29 @@ class ActionModule(ActionBase):
                 found[name] = None
         return found
 
-    def _services(self, task_vars: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str, str]]]:
+    def _catalogue(self, task_vars: Mapping[str, Any]) -> Any:
         catalogue = task_vars.get("nemo_services") or {}
-        if not isinstance(catalogue, Mapping):
-            catalogue = self._templar.template(catalogue)
-        services: dict[str, dict[str, Any]] = {}
+        return catalogue if isinstance(catalogue, Mapping) else self._templar.template(catalogue)
+
+    def _services(self, task_vars: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
+        catalogue = self._catalogue(task_vars)
+        services: dict[str, Any] = {}
         missing: list[tuple[str, str, str]] = []
-        for name, entry in catalogue.items():
-            secrets = entry.get("secrets") or {}
+        for name, raw_entry in catalogue.items() if isinstance(catalogue, Mapping) else ():
+            entry = raw_entry if isinstance(raw_entry, Mapping) else self._templar.template(raw_entry)
+            if not isinstance(entry, Mapping):
+                services[str(name)] = entry
+                continue
             services[str(name)] = {}
             for key in (*preflight.SERVICE_KEYS, "hosts"):
                 if key in entry:
                     services[str(name)][key] = self._templar.template(entry[key])
+            secrets = entry.get("secrets") or {}
+            if not isinstance(secrets, Mapping):
+                secrets = self._templar.template(secrets)
+            if not isinstance(secrets, Mapping):
+                services[str(name)]["secrets"] = secrets
+                continue
             for secret, raw in secrets.items():
                 try:
                     value = self._templar.template(raw)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shlex
 from pathlib import Path
@@ -25,7 +27,7 @@ description:
   - Prints one line after an unreachable host or a failed task whose cause is known, namely a changed host key, a refused
     key or user, a Bastion or host that does not answer, a missing Bastion, and an expired AWS token.
   - What goes wrong on the way through the Bastion is read from the file that the host variable C(nemo_ssh_jump_log) names,
-    as ssh shows nothing of it.
+    as ssh shows nothing of it. A run begins a file anew that is named C(bastion.log) and longer than 1 MB.
   - The same advice is given once per run.
 requirements:
   - Enable it with C(callbacks_enabled = nemo.platform.advice) in ansible.cfg.
@@ -40,6 +42,8 @@ EXAMPLES = r"""
       ansible.builtin.ping:
 """
 
+# ssh appends to its log for ever: a run that finds it longer begins it anew.
+JUMP_LOG_BYTES = 1_000_000
 _OFFENDING = re.compile(r"Offending (?P<kind>\S+) key in (?P<file>.+?):(?P<line>\d+)")
 _CHANGED_HOST = re.compile(r"[Hh]ost key for (?P<host>\S+) has changed")
 _DENIED = re.compile(r"(?P<who>\S+@\S+?): Permission denied \((?P<how>[^)]*)\)")
@@ -130,7 +134,12 @@ class CallbackModule(CallbackBase):
         super().__init__(*args, **kwargs)
         self._given: set[str] = set()
         self._play: Any = None
-        self._started = {path: path.stat().st_size for path in Path("~/.ansible/cp").expanduser().glob("*/*.log")}
+        self._started: dict[Path, int] = {}
+        for path in Path("~/.ansible/cp").expanduser().glob("*/bastion.log"):
+            with contextlib.suppress(OSError):  # another run's; no log is worth a failure
+                if path.stat().st_size > JUMP_LOG_BYTES:
+                    os.truncate(path, 0)
+                self._started[path] = path.stat().st_size
 
     def _jump_log(self, result: Any) -> str:
         """What ssh has said about the connection to the Bastion since this run began."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from ansible_collections.nemo.platform.plugins.module_utils.container_release import check_request
 from ansible_collections.nemo.platform.plugins.module_utils.ecr import EcrError, matches, tag_rule
+from ansible_collections.nemo.platform.plugins.module_utils.preflight import type_name
 from ansible_collections.nemo.platform.plugins.modules.container_release import ARGUMENTS
 
 DOCUMENTATION = r"""
@@ -51,13 +52,39 @@ _value:
 REPOSITORY = r"^[a-z0-9]+(?:[._/-][a-z0-9]+)*$"
 TAG_PREFIX = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}$"
 
+ALLOWED = {
+    "repository": "the name of a repository, such as ai",
+    "tag_prefix": "the beginning of a tag, such as prod",
+}
+KINDS = {key: "str" if spec["type"] == "path" else spec["type"] for key, spec in ARGUMENTS.items()}
+KINDS.update(repository="str", tag_prefix="str", tag_pattern="str")
+# Text that is often written as a number, and means the same.
+NUMBERS_TOO = ("memory", "user", "log_max_size")
+
 
 def number(value: Any, kind: Callable[[Any], Any]) -> Any:
     """The number that Ansible would make of a value, or the value itself, to be named."""
     try:
         return value if value is None or isinstance(value, bool) else kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return value
+
+
+def wrong_types(service: Mapping[str, Any], label: str) -> list[str]:
+    """What is not of the type that the rules below take for granted; numbers are theirs."""
+    wrong = []
+    for key, kind in KINDS.items():
+        value = service.get(key)
+        if value is None:
+            continue
+        if kind == "dict" and not isinstance(value, Mapping):
+            # without the value, which may be a secret
+            wrong.append(f"{label}.{key} is a {type_name(value)}; allowed: names with their values")
+        if kind == "str" and not isinstance(value, str):
+            wrong.append(
+                f"{label}.{key} is {value!r}; allowed: {ALLOWED.get(key, 'text, in quotes if it looks like a number')}"
+            )
+    return wrong
 
 
 def tag_problem(service: Mapping[str, Any]) -> str:
@@ -74,25 +101,36 @@ def tag_problem(service: Mapping[str, Any]) -> str:
 
 def of_one(service: Mapping[str, Any], label: str) -> list[str]:
     """What is wrong with one service."""
-    wrong = []
+    service = {
+        key: str(value) if key in NUMBERS_TOO and isinstance(value, int) and not isinstance(value, bool) else value
+        for key, value in service.items()
+    }
+    wrong = wrong_types(service, label)
+    if wrong:
+        return wrong
     params = {key: spec.get("default") for key, spec in ARGUMENTS.items()}
     params.update({key: value for key, value in service.items() if key in params and value is not None})
     params.update(image="registry/repository", tag=service.get("tag") or "any", digest=service.get("digest"))
-    for name in ("port", "container_port", "health_timeout"):
-        params[name] = number(params[name], int)
-    params["cpus"] = number(params["cpus"], float) or None
-    for name, kind in (("health_timeout", int), ("cpus", float)):
-        if params[name] is not None and not isinstance(params[name], kind):
+    for kind in ("environment", "secrets"):
+        params[kind] = {str(key): value for key, value in (params[kind] or {}).items()}
+    for name, spec in ARGUMENTS.items():
+        if spec["type"] not in ("int", "float"):
+            continue
+        params[name] = number(params[name], int if spec["type"] == "int" else float)
+        good = isinstance(params[name], (int, float)) and not isinstance(params[name], bool)
+        # check_request() has a line of its own for a port
+        if name not in ("port", "container_port") and params[name] is not None and not good:
             wrong.append(f"{label}.{name} is {params[name]!r}; allowed: a number")
-            params[name] = ARGUMENTS[name].get("default")
+            params[name] = spec.get("default")
+    params["cpus"] = params["cpus"] or None
     for line in check_request(params):
         wrong.append(f"{label}.{line}")
     repository = service.get("repository") or ""
     if not re.match(REPOSITORY, repository):
-        wrong.append(f"{label}.repository is {repository!r}; allowed: the name of a repository, such as ai")
+        wrong.append(f"{label}.repository is {repository!r}; allowed: {ALLOWED['repository']}")
     prefix = service.get("tag_prefix")
     if prefix is not None and not re.match(TAG_PREFIX, prefix):
-        wrong.append(f"{label}.tag_prefix is {prefix!r}; allowed: the beginning of a tag, such as prod")
+        wrong.append(f"{label}.tag_prefix is {prefix!r}; allowed: {ALLOWED['tag_prefix']}")
     if not (prefix or service.get("tag_pattern") or service.get("tag")):
         wrong.append(f"{label} says no tag; allowed: one of tag_prefix, tag_pattern and tag")
     if problem := tag_problem(service):
@@ -102,19 +140,28 @@ def of_one(service: Mapping[str, Any], label: str) -> list[str]:
     return wrong
 
 
-def release_problems(services: Iterable[Mapping[str, Any]], variable: str) -> list[str]:
+def release_problems(services: Any, variable: str) -> list[str]:
     """Return what is wrong, one line each."""
-    wrong = []
+    if isinstance(services, (str, Mapping)) or not isinstance(services, Iterable):
+        return [f"{variable} is a {type_name(services)}; allowed: a list of services"]
+    wrong: list[str] = []
     names: dict[str, str] = {}
     ports: dict[Any, str] = {}
     for index, service in enumerate(services):
+        if not isinstance(service, Mapping):
+            wrong.append(f"{variable}[{index}] is a {type_name(service)}; allowed: the keys of one service")
+            continue
         name = service.get("name")
-        label = f"{variable}[{name!r}]" if name else f"{variable}[{index}]"
+        label = f"{variable}[{name!r}]" if name and isinstance(name, str) else f"{variable}[{index}]"
+        if name and not isinstance(name, str):
+            wrong.append(f"{label}.name is {name!r}; allowed: the name of the service")
+            continue
         if not name:
             wrong.append(f"{label}.name is missing; allowed: the name of the service")
             continue
         wrong += of_one(service, label)
         port = number(service.get("port"), int)
+        port = port if isinstance(port, int) else None
         if name in names:
             wrong.append(f"{label} is there twice; allowed: each name once")
         if port is not None and port in ports:

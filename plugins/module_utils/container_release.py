@@ -172,7 +172,7 @@ def check_request(params: Mapping[str, Any]) -> list[str]:
         value = params.get(name)
         if value is None and name == "container_port":
             continue
-        need(name, isinstance(value, int) and 1 <= value <= 65535, "1 to 65535")
+        need(name, isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65535, "1 to 65535")
     for name in ("memory", "log_max_size"):
         try:
             size = parse_size(params[name])
@@ -778,6 +778,12 @@ class Releaser:
         found = self.docker.containers([self.name, self.next, self.previous])
         return found.get(self.name), found.get(self.next), found.get(self.previous)
 
+    def lock_images(self) -> None:
+        """Until it is released, no other run removes an image."""
+        if not self.images_lock.acquire(self.params["lock_timeout"], shared=True):
+            text = "another run is removing images, and did not end in %s s (it holds %s)"
+            raise ReleaseError("lock", text % (self.params["lock_timeout"], self.images_lock.path))
+
     def wanted(self, digest: str | None) -> Settings:
         secrets = {key: environment_text(value) for key, value in (self.params["secrets"] or {}).items()}
         return settings_of(self.params, digest, self.store.revision(secrets, create=not self.check_mode))
@@ -818,7 +824,7 @@ class Releaser:
         if digest and live and live.spec == spec_of(wanted) and self.serves(live):
             self.after = wanted
             return
-        self.images_lock.acquire(self.params["lock_timeout"], shared=True)
+        self.lock_images()
         self.preflight(live)
         image = self.fetch(digest)
         if not digest:
@@ -1054,7 +1060,7 @@ class Releaser:
             return
         self.images_lock.release()
         self.prune()
-        self.images_lock.acquire(self.params["lock_timeout"], shared=True)
+        self.lock_images()
         free = self.free_mb()
         if free is not None and free < wanted:
             text = "no space left to pull: %s has %d MB free; allowed: %d MB or more" % (self.data_root, free, wanted)

@@ -94,9 +94,16 @@ def choose(images: Iterable[dict[str, Any]], repository: str, rule: TagRule | No
     if not pin and not matching:
         assert rule is not None
         near = malformed[-5:] or difflib.get_close_matches(rule.example, list(by_tag), n=5, cutoff=0.3)
-        hint = f"; the nearest tags are {', '.join(near)}" if near else ""
+        # Else the last one of each kind.
+        there = list({tag.partition("-")[0]: tag for tag in sorted(by_tag)}.values())[-5:]
+        found = f"the nearest tags are {', '.join(near)}" if near else f"it has {', '.join(there)}"
+        do = "set tag_prefix to what the tags to run begin with"
+        if not rule.prefix:
+            do = "set tag_pattern to what the tags to run look like"
+        if not there:
+            found, do = "no image has a tag", "push one that has"
         count = f"{len(active)} image{'s' if len(active) > 1 else ''}, {untagged} untagged"
-        raise EcrError(f"repository {repository!r} has no tag by the rule {rule.example} ({count}){hint}")
+        raise EcrError(f"repository {repository!r} has no tag by the rule {rule.example} ({count}); {found}: {do}")
     tag = pin or matching[-1]
     return Choice(by_tag[tag], tag, sum(1 for one in matching if one > tag), len(matching), malformed, untagged)
 

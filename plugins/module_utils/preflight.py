@@ -68,7 +68,7 @@ class Inventory:
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     # Values of the platform's variables; what is undefined is absent.
     variables: Mapping[str, Any] = field(default_factory=dict)
-    services: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    services: Mapping[str, Any] = field(default_factory=dict)
     # (service, secret, variable it asks for) of secrets that have no value.
     missing_secrets: Sequence[tuple[str, str, str]] = ()
     account: Account | None = None
@@ -92,6 +92,28 @@ class Account:
 
 def _names(items: Iterable[str]) -> str:
     return ", ".join(sorted(items))
+
+
+def type_name(value: Any) -> str:
+    """Name of a value's type; Ansible's own types, which it wraps values in, go by what they stand for."""
+    return next((kind.__name__ for kind in (bool, str, int, float, dict, list) if isinstance(value, kind)), "null")
+
+
+def _whole(value: Any) -> int | None:
+    """The whole number that a value is or spells, if it is one."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return int(value) if isinstance(value, str) and re.fullmatch("[0-9]+", value) else None
+
+
+def _list(inventory: Inventory, name: str) -> list[str]:
+    """A variable that lists names; nothing where it does not, which _variables() reports."""
+    value = inventory.variables.get(name) or []
+    return list(value) if _is_list(value) else []
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(one, str) for one in value)
 
 
 def _empty(inventory: Inventory) -> list[Problem]:
@@ -178,7 +200,7 @@ def _tags(inventory: Inventory) -> list[Problem]:
 
 
 def _duplicates(inventory: Inventory) -> list[Problem]:
-    shared = set(inventory.variables.get("nemo_shared_names") or ())
+    shared = set(_list(inventory, "nemo_shared_names"))
     by_name: dict[str, list[Host]] = defaultdict(list)
     for host in inventory.hosts:
         # The nodes of a node group share their Name as a rule.
@@ -197,7 +219,7 @@ def _duplicates(inventory: Inventory) -> list[Problem]:
 def _groups(inventory: Inventory) -> list[Problem]:
     return [
         Problem(f"the group {group} is empty", "start its instance, or correct its tags; see nemo_required_groups")
-        for group in inventory.variables.get("nemo_required_groups") or ()
+        for group in _list(inventory, "nemo_required_groups")
         if not inventory.groups.get(group)
     ]
 
@@ -205,16 +227,27 @@ def _groups(inventory: Inventory) -> list[Problem]:
 def _services(inventory: Inventory) -> list[Problem]:
     found = []
     for name, service in sorted(inventory.services.items()):
+        if not isinstance(service, Mapping):
+            what = "empty" if service is None else f"of type {type_name(service)}"
+            found.append(Problem(f"nemo_services: {name} is {what}", f"allowed: the keys {', '.join(SERVICE_KEYS)}"))
+            continue
         missing = [key for key in SERVICE_KEYS if service.get(key) in (None, "")]
         if missing:
             found.append(Problem(f"nemo_services: {name} has no {', '.join(missing)}", "see the head of services.yml"))
         port = service.get("port")
-        if "port" not in missing and (
-            isinstance(port, bool) or not str(port).isdigit() or not 1 <= int(str(port)) <= 65535
-        ):
+        if "port" not in missing and not 1 <= (_whole(port) or 0) <= 65535:
             found.append(Problem(f"nemo_services: {name} has port {port!r}", "allowed: 1 to 65535"))
         hosts = [host for host in inventory.hosts if name in host.services]
-        allowed = int(service.get("hosts") or 1)
+        secrets = service.get("secrets") or {}
+        if not isinstance(secrets, Mapping):
+            kind = type_name(secrets)
+            found.append(
+                Problem(f"nemo_services: {name} has secrets of type {kind}", "allowed: names with their values")
+            )
+        allowed = 1 if service.get("hosts") is None else _whole(service["hosts"])
+        if allowed is None or allowed < 1:
+            found.append(Problem(f"nemo_services: {name} has hosts {service['hosts']!r}", "allowed: 1 or more"))
+            allowed = len(hosts)
         if not hosts:
             found.append(
                 Problem(
@@ -233,8 +266,9 @@ def _services(inventory: Inventory) -> list[Problem]:
     for host in inventory.hosts:
         claims: dict[str, list[str]] = defaultdict(list)
         for name in sorted(set(host.services)):
-            if name in inventory.services and inventory.services[name].get("port"):
-                claims[str(inventory.services[name]["port"])].append(name)
+            service = inventory.services.get(name)
+            if isinstance(service, Mapping) and service.get("port"):
+                claims[str(service["port"])].append(name)
         for port, names in claims.items():
             if len(names) > 1:
                 found.append(
@@ -250,6 +284,14 @@ def _variables(inventory: Inventory) -> list[Problem]:
     for name in REQUIRED_VARIABLES:
         if inventory.variables.get(name) in (None, "", {}):
             found.append(Problem(f"the variable {name} is missing", "set it in group_vars/all/"))
+    catalogue = inventory.variables.get("nemo_services")
+    if catalogue not in (None, "", True) and not isinstance(catalogue, Mapping):
+        what = f"nemo_services is of type {type_name(catalogue)}"
+        found.append(Problem(what, "allowed: the names of services, each with its keys"))
+    for name in ("nemo_required_groups", "nemo_shared_names"):
+        value = inventory.variables.get(name)
+        if value and not _is_list(value):
+            found.append(Problem(f"{name} is {value!r}", "allowed: a list of names"))
     for service, secret, variable in inventory.missing_secrets:
         what = f"the secret {secret} of {service} has no value"
         name = variable or f"nemo_services['{service}'].secrets.{secret}"

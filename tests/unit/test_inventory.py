@@ -171,6 +171,25 @@ def test_ssh_through_the_bastion(aws: Aws, checkout: Checkout) -> None:
     assert len(checkout.ssh_calls("bastion-10.0.1.10")) == 1
 
 
+def test_replaced_bastion_is_not_reached_over_the_old_connection(aws: Aws, checkout: Checkout) -> None:
+    """The path of the shared connection is one for each Bastion, user and key."""
+    aws.platform()
+    lab = checkout.folder / "inventories/lab/group_vars/all/zz_lab.yml"
+    before = lab.read_text()
+    paths = []
+    for line in ("", "nemo_ssh_user: other", "nemo_ssh_private_key_file: /other"):
+        lab.write_text(f"{before}\n{line}\n")
+        paths.append(settings(checkout.ssh_calls("ai-prod-10.0.2.31")[1], checkout.home)["controlpath"])
+    lab.write_text(before)
+    (old,) = aws.client("ec2").describe_instances(Filters=[{"Name": "tag:Role", "Values": ["bastion"]}])["Reservations"]
+    aws.client("ec2").terminate_instances(InstanceIds=[old["Instances"][0]["InstanceId"]])
+    aws.instance("10.0.1.11", Project="nemo", Name="bastion", Role="bastion")
+    checkout.listing()
+    paths.append(settings(checkout.ssh_calls("ai-prod-10.0.2.31")[1], checkout.home)["controlpath"])
+    assert len(set(paths)) == 4
+    assert all(re.search("/bastion-[0-9a-f]{8}$", path) for path in paths)
+
+
 def test_ssh_on_the_bastion_itself(aws: Aws, checkout: Checkout) -> None:
     aws.platform()
     aws.instance("127.0.0.1", Project="nemo", Name="a-bastion", Role="bastion")
@@ -286,6 +305,19 @@ class TestPreflight:
         assert "the secret AI_API_TOKEN of ai-dev has no value" in done.stdout
         assert "set vault_ai_dev_api_token in" in done.stdout
         assert "the removed variable ansible_ssh_user is set" in done.stdout
+
+    def test_empty_entry_and_secrets_that_are_none(self, aws: Aws, checkout: Checkout) -> None:
+        aws.platform()
+        lab = checkout.folder / "inventories/lab/group_vars/all/zz_lab.yml"
+        with lab.open("a") as file:
+            file.write("nemo_services: {ai-prod: , ai-dev: {port: 8001, secrets: hush-hush}}\n")
+        done = self.run(checkout)
+        assert done.returncode != 0
+        assert "nemo_services: ai-prod is empty" in done.stdout
+        assert "nemo_services: ai-dev has secrets of type str" in done.stdout
+        assert "hush-hush" not in done.stdout + done.stderr
+        lab.write_text(lab.read_text() + "nemo_services: text\n")
+        assert "nemo_services is of type str" in self.run(checkout).stdout
 
     def test_no_credentials(self, aws: Aws, checkout: Checkout) -> None:
         done = self.run(checkout, inventory="aws", AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY="")

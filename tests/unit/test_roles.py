@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.unit.conftest import ENVIRONMENT
 from tests.unit.helpers import ROOT, script
 
 ROLES = sorted(path for path in (ROOT / "roles").iterdir() if (path / "tasks").is_dir())
@@ -124,3 +128,30 @@ class TestTable:
         table = role_docs.table({"main": {}})
         old = "# x\n\n## Inputs\n\nSome words.\n\n| a | b |\n|---|---|\n| c | d |\n\n## Example\n"
         assert role_docs.written(old, table) == f"# x\n\n## Inputs\n\nSome words.\n\n{table}\n\n## Example\n"
+
+
+def test_packages_asks_no_mirror_before_something_is_missing() -> None:
+    """A host that has everything needs no mirror: only the repair refreshes the lists."""
+    (task,) = load(ROOT / "roles/packages/tasks/main.yml")
+    for values in (*task["module_defaults"].values(), *(one["ansible.builtin.package"] for one in task["block"])):
+        assert not {"update_cache", "cache_valid_time"} & set(values)
+    assert task["rescue"][-1]["ansible.builtin.package"]["update_cache"] is True
+
+
+@pytest.mark.parametrize(
+    ("registry", "names"),
+    [("registry.example.com:5000", "'registry.example.com:5000'"), ("a.b.c.d.e", "'a.b.c.d.e'"), (5, "'5'")],
+)
+def test_ai_api_names_a_registry_that_is_not_ecr(tmp_path: Path, registry: object, names: str) -> None:
+    service = {"name": "x", "port": 1, "repository": "x", "tag": "x", "digest": "sha256:" + "a" * 64}
+    role = {"role": "nemo.platform.ai_api", "ai_api_registry": registry, "ai_api_services": [service]}
+    playbook = tmp_path / "play.yml"
+    playbook.write_text(yaml.safe_dump([{"hosts": "localhost", "gather_facts": False, "roles": [role]}]))
+    done = subprocess.run(
+        [Path(sys.executable).parent / "ansible-playbook", "-i", "localhost,", "-c", "local", "--check", playbook],
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert f"ai_api_registry is {names}; allowed: a name such as" in done.stdout, done.stdout + done.stderr

@@ -110,3 +110,18 @@ def test_what_the_bastion_said_in_this_run(monkeypatch: pytest.MonkeyPatch, tmp_
         file.write("ssh: connect to host 203.0.113.9 port 22: Connection timed out\n")
     callback.v2_runner_on_unreachable(result)
     assert "203.0.113.9 port 22 does not answer" in shown.pop()
+
+
+def test_log_of_the_bastion_stays_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / ".ansible" / "cp" / "12345678"
+    folder.mkdir(parents=True)
+    for name, size in (("bastion.log", 2_000_000), ("other.log", 2_000_000)):
+        (folder / name).write_bytes(b"x" * size)
+    small = folder.parent / "87654321" / "bastion.log"
+    small.parent.mkdir()
+    small.write_text("short")
+    CallbackModule()
+    assert (folder / "bastion.log").stat().st_size == 0
+    assert (folder / "other.log").stat().st_size == 2_000_000
+    assert small.read_text() == "short"

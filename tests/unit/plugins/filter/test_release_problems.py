@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ansible_collections.nemo.platform.plugins.filter.release_problems import release_problems
+from ansible_collections.nemo.platform.plugins.modules.container_release import ARGUMENTS
 
 GOOD: dict[str, Any] = {
     "name": "ai-prod",
@@ -91,3 +92,49 @@ def test_services_of_one_host_do_not_clash() -> None:
 
 def test_no_service_is_a_problem() -> None:
     assert release_problems([], "services") == ["services is empty; allowed: one service or more"]
+
+
+WRONG_TYPES: tuple[Any, ...] = (5, 1.5, True, "²", "text", ["a"], {"a": {"b": 1}}, {5: "a", "c": 1}, float("inf"))
+
+
+@pytest.mark.parametrize("value", WRONG_TYPES, ids=repr)
+@pytest.mark.parametrize("key", [*ARGUMENTS, "repository", "tag_prefix", "tag_pattern", "tag_outside_rule"])
+def test_wrong_type_is_no_exception(key: str, value: Any) -> None:
+    found = release_problems([{**GOOD, "environment": {"A": "b"}, key: value}], "services")
+    assert all(line.startswith("services[") and "\n" not in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("services", "text"),
+    [
+        ([{**GOOD, "name": 5}], "services[0].name is 5; allowed: the name of the service"),
+        (
+            [{**GOOD, "repository": 5}],
+            "services['ai-prod'].repository is 5; allowed: the name of a repository, such as ai",
+        ),
+        (
+            [{**GOOD, "tag_prefix": 5}],
+            "services['ai-prod'].tag_prefix is 5; allowed: the beginning of a tag, such as prod",
+        ),
+        ([{**GOOD, "tag": 1.1}], "services['ai-prod'].tag is 1.1; allowed: text, in quotes if it looks like a number"),
+        ([{**GOOD, "port": "²"}], "services['ai-prod'].port is '²'; allowed: 1 to 65535"),
+        ([{**GOOD, "port": True}], "services['ai-prod'].port is True; allowed: 1 to 65535"),
+        ([{**GOOD, "pids_limit": "x"}], "services['ai-prod'].pids_limit is 'x'; allowed: a number"),
+        (
+            [{**GOOD, "environment": "text"}],
+            "services['ai-prod'].environment is a str; allowed: names with their values",
+        ),
+        ([{**GOOD, "secrets": "hush-hush"}], "services['ai-prod'].secrets is a str; allowed: names with their values"),
+        (["text"], "services[0] is a str; allowed: the keys of one service"),
+        ("text", "services is a str; allowed: a list of services"),
+        (5, "services is a int; allowed: a list of services"),
+    ],
+    ids=str,
+)
+def test_wrong_type_is_one_line(services: Any, text: str) -> None:
+    assert release_problems(services, "services") == [text]
+
+
+@pytest.mark.parametrize("values", [{"memory": 1073741824}, {"user": 10001}, {"cpus": "0.5"}, {"cpus": 0}], ids=str)
+def test_number_stands_for_text_where_that_is_usual(values: dict[str, Any]) -> None:
+    assert release_problems([{**GOOD, **values}], "services") == []

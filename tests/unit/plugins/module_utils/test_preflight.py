@@ -10,6 +10,7 @@ import pytest
 from ansible_collections.nemo.platform.plugins.module_utils.preflight import (
     REMOVED_VARIABLES,
     REQUIRED_VARIABLES,
+    SERVICE_KEYS,
     Account,
     Host,
     Inventory,
@@ -38,6 +39,7 @@ GOOD = Inventory(
     variables={
         **dict.fromkeys(REQUIRED_VARIABLES, "set"),
         "nemo_region": "ap-northeast-2",
+        "nemo_services": True,
         "nemo_required_groups": ["bastion", "vllm", "ai"],
     },
     services={"ai-prod": service("ai_prod", 8000, "prod"), "ai-dev": service("ai_dev", 8001, "dev")},
@@ -177,3 +179,32 @@ def test_all_at_once_in_one_list() -> None:
 def test_every_removed_variable_says_what_took_its_place() -> None:
     assert REMOVED_VARIABLES
     assert all(REMOVED_VARIABLES.values())
+
+
+@pytest.mark.parametrize("value", [5, 1.5, True, "²", "two", ["a"], {"a": 1}], ids=repr)
+@pytest.mark.parametrize("key", [*SERVICE_KEYS, "hosts"])
+def test_wrong_type_in_the_catalogue_is_no_exception(key: str, value: Any) -> None:
+    assert "\n" not in "".join(problem.what + problem.do for problem in problems(services(**{key: value})))
+
+
+@pytest.mark.parametrize(
+    ("inventory", "what"),
+    [
+        (services(port="²"), "nemo_services: ai-dev has port '²'"),
+        (services(hosts="two"), "nemo_services: ai-dev has hosts 'two'"),
+        (services(hosts=-1), "nemo_services: ai-dev has hosts -1"),
+        (services(hosts=True), "nemo_services: ai-dev has hosts True"),
+        (services(secrets="hush-hush"), "nemo_services: ai-dev has secrets of type str"),
+        (replace(GOOD, services={**GOOD.services, "ai-dev": None}), "nemo_services: ai-dev is empty"),
+        (replace(GOOD, services={**GOOD.services, "ai-dev": "text"}), "nemo_services: ai-dev is of type str"),
+        (variables(nemo_services="text"), "nemo_services is of type str"),
+        (variables(nemo_required_groups="vllm"), "nemo_required_groups is 'vllm'"),
+        (variables(nemo_required_groups=5), "nemo_required_groups is 5"),
+        (variables(nemo_shared_names=[["a"]]), "nemo_shared_names is [['a']]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_type_is_one_problem(inventory: Inventory, what: str) -> None:
+    found = problems(inventory)
+    assert [problem.what for problem in found] == [what]
+    assert "hush-hush" not in str(found)

@@ -930,6 +930,23 @@ def test_module_waits_for_the_lock_and_names_the_holder(
     assert "bob since 2026-11-22T10:00:00Z" in failed["msg"]
 
 
+@pytest.mark.parametrize("when", ["before the pull", "after a prune in the middle"])
+def test_lock_of_the_images_that_another_run_keeps_is_named(
+    world: World, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    held = logic.Lock(str(world.path / "run/images.lock"))
+    values: dict[str, Any] = {"lock_timeout": 0}
+    if when == "before the pull":
+        held.acquire(0)
+    else:
+        values["min_free_disk_mb"] = 10**9
+        monkeypatch.setattr(logic.Releaser, "prune", lambda self: held.acquire(0))
+    error, _done = world.failing(1, **values)
+    assert error.reason == "lock"
+    assert "images.lock" in str(error)
+    assert world.engine.containers() == {}
+
+
 def test_documentation_and_arguments_agree() -> None:
     import yaml
 

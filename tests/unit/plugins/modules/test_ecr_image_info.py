@@ -85,6 +85,8 @@ def test_pin(aws: Aws) -> None:
         ({"tag": "hotfix", "tag_prefix": "prod"}, r"tag 'hotfix' does not follow the rule prod-YYYYMMDD-HHMM"),
         ({"tag": "prod-20251301-0000", "tag_prefix": "prod"}, r"'prod-20251301-0000' does not follow the rule"),
         ({"tag_prefix": "stage"}, r"has no tag by the rule stage-YYYYMMDD-HHMM \(1 image, 0 untagged\)"),
+        ({"tag_prefix": "stage"}, r"; it has prod-20250714-1752: set tag_prefix to what the tags to run begin with$"),
+        ({"tag_pattern": "^x$"}, r"; it has prod-20250714-1752: set tag_pattern to what the tags to run look like$"),
         ({"tag_pattern": "("}, r"tag_pattern '\(' is no regular expression"),
         ({"tag_prefix": "prod", "repository": "nothing"}, r"has no repository 'nothing': check repository"),
         ({}, r"one of tag, tag_prefix and tag_pattern"),
