@@ -68,5 +68,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         for mark in item.iter_markers("journal"):
             host, unit = mark.args
             argv = ["ssh", "-F", str(hosts.SSH_CONFIG), host, f"sudo journalctl --no-pager --lines=30 --unit={unit}"]
-            done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
+            done = subprocess.run(
+                argv, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL
+            )
             report.sections.append((f"journal of {unit} on {host}", done.stdout + done.stderr))

@@ -63,5 +63,3 @@ def test_ssh_to_a_host_without_the_bastion_is_refused():
     done = ssh("-i", str(hosts.KEY), "-l", USER, address="10.0.2.31")
     assert done.returncode == 255
     assert "refused" in done.stderr
-
-

@@ -21,7 +21,12 @@ def digests():
         aws_access_key_id="lab", aws_secret_access_key="lab",
     )  # fmt: skip
     pages = ecr.get_paginator("describe_images").paginate(repositoryName="ai")
-    return {tag: image["imageDigest"] for page in pages for image in page["imageDetails"] for tag in image.get("imageTags", [])}
+    return {
+        tag: image["imageDigest"]
+        for page in pages
+        for image in page["imageDetails"]
+        for tag in image.get("imageTags", [])
+    }
 
 
 @pytest.mark.parametrize(("host", "address", "port", "tag"), SERVICES)
