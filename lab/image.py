@@ -89,7 +89,7 @@ def ensure(engine: Engine) -> str:
 
 
 def _sources() -> list[str]:
-    """The suites with the mirrors that this machine uses itself, or Debian's own."""
+    """The suites with the mirrors that this machine uses itself; none where it is no Debian: mmdebstrap knows its own."""
     found: dict[str, str] = {}
     listing = text(
         ["apt-get", "indextargets", "--format", "$(CREATED_BY)|$(ORIGIN)|$(CODENAME)|$(REPO_URI)"], check=False
@@ -98,8 +98,7 @@ def _sources() -> list[str]:
         made_by, origin, codename, uri = line.split("|")
         if made_by == "Packages" and origin == "Debian" and codename.startswith(SUITE):
             found.setdefault(codename, uri)
-    found.setdefault(SUITE, "http://deb.debian.org/debian")
-    return [f"deb {uri} {suite} main" for suite, uri in found.items()]
+    return [f"deb {uri} {suite} main" for suite, uri in found.items()] if SUITE in found else []
 
 
 def _by_mmdebstrap(work: pathlib.Path) -> None:
