@@ -132,10 +132,11 @@ class TestTable:
 
 def test_packages_asks_no_mirror_before_something_is_missing() -> None:
     """A host that has everything needs no mirror: only the repair refreshes the lists."""
-    (task,) = load(ROOT / "roles/packages/tasks/main.yml")
-    for values in (*task["module_defaults"].values(), *(one["ansible.builtin.package"] for one in task["block"])):
+    first, repair = load(ROOT / "roles/packages/tasks/main.yml")
+    for values in (*first["module_defaults"].values(), first["ansible.builtin.package"]):
         assert not {"update_cache", "cache_valid_time"} & set(values)
-    assert task["rescue"][-1]["ansible.builtin.package"]["update_cache"] is True
+    assert repair["when"] == "__packages_repair | length > 0"
+    assert load(ROOT / "roles/packages/tasks/repair.yml")[-1]["ansible.builtin.package"]["update_cache"] is True
 
 
 @pytest.mark.parametrize(
