@@ -64,5 +64,8 @@ AI_PACKAGES = ["python3-minimal", "python3-fastapi", "python3-uvicorn"]
 # What the roles install, served by the lab's own package mirror with everything it depends on.
 MIRROR_PACKAGES = [
     "docker.io", "iptables", "tini", "amazon-ecr-credential-helper", "chrony", "unattended-upgrades", "jq", "acl",
-    "dnf", "rpm", "createrepo-c", "file", "docker-registry",
+    "dnf", "rpm", "createrepo-c", "file", "docker-registry", "bash-completion", "gnupg", "unzip", "faketime", "haproxy",
+    # the Bastion's tools for debugging the network
+    "bind9-dnsutils", "tcpdump", "traceroute", "mtr-tiny", "netcat-openbsd", "socat", "nmap", "ethtool", "iperf3", "lsof",
+    "strace", "openssl", "mariadb-client", "kcat", "redis-tools", "git", "rsync", "tmux",
 ]  # fmt: skip
