@@ -1,6 +1,7 @@
 """Tables of speed, cost and scale: `make bench` for all but `lab`, `make bench ARGS=lab`, `make bench ARGS='site inventory'`.
 
   site        a no-change `make site`: time, memory, and how many commands reach each host, by role (the lab must be up)
+  bastion     the same of the Bastion's playbook
   lab-again   `make lab` on the lab that is up
   inventory   finding 4, 100 and 1,000 hosts, without and with the cache (a moto server of its own on the loopback)
   lab         TAKES THE LAB DOWN: `make lab` from nothing but the caches (none after `make clean`), then again
@@ -24,6 +25,7 @@ from tests.bench.measure import CHECKOUT, Cost, cost, memory_in_use, remote_exec
 WRITTEN = CHECKOUT / "build" / "bench"
 COLUMNS = ("run", "seconds", "peak memory, MiB", "changed", "remote executions")
 SITE = ["scripts/lab-env", "ansible-playbook", "-i", "inventories/lab", "site.yml"]
+BASTION = [*SITE[:-1], "nemo.platform.bastion"]
 LAB = ["scripts/lab"]  # what `make lab` runs; a make below `make bench ARGS=...` would inherit these ARGS
 LAB_COUNTED = [*LAB, "-vvv"]
 
@@ -36,17 +38,34 @@ def _row(name: str, run: Cost, counted: Cost) -> tuple[object, ...]:
 
 def site() -> str:
     """The cost of a run that has nothing to do."""
-    cost(SITE)  # whatever there was to do is done now
-    quiet = [cost(SITE) for _ in range(3)]
-    counted = cost([*SITE, "-vvv"])
+    return _no_change("`make site`", SITE)
+
+
+def bastion() -> str:
+    """The cost of the Bastion's own playbook where it has nothing to do."""
+    return _no_change("`playbooks/bastion.yml`", BASTION)
+
+
+def _no_change(what: str, argv: list[str]) -> str:
+    cost(argv)  # whatever there was to do is done now
+    quiet = [cost(argv) for _ in range(3)]
+    counted = cost([*argv, "-vvv"])
     rows = [_row(f"no change, run {number}", run, counted) for number, run in enumerate(quiet, start=1)]
-    text = table("A no-change `make site`", COLUMNS, rows)
+    text = table(f"A no-change {what}", COLUMNS, rows)
     counts = remote_executions(counted.output)
     hosts = sorted({host for _, host in counts})
-    roles = list(dict.fromkeys(role for role, _ in counts))
-    by_role: list[tuple[object, ...]] = [(role, *(counts.get((role, host), 0) for host in hosts)) for role in roles]
-    by_role.append(("all", *(sum(counts.get((role, host), 0) for role in roles) for host in hosts)))
-    return text + table("Remote executions of a no-change `make site`", ("role", *hosts), by_role)
+    typical = sorted(quiet, key=lambda run: run.seconds)[1]
+    roles = list(dict.fromkeys([*typical.seconds_by_role, *(role for role, _ in counts)]))
+
+    def seconds(role: str) -> str:
+        return f"{typical.seconds_by_role.get(role, 0.0):.1f}"
+
+    by_role: list[tuple[object, ...]] = [
+        (role, seconds(role), *(counts.get((role, host), 0) for host in hosts)) for role in roles
+    ]
+    sums = (sum(counts.get((role, host), 0) for role in roles) for host in hosts)
+    by_role.append(("all", f"{typical.seconds:.1f}", *sums))
+    return text + table(f"What each role costs in a no-change {what}", ("role", "seconds", *hosts), by_role)
 
 
 def lab() -> str:
@@ -110,7 +129,13 @@ def _inventory(number: int, folder: pathlib.Path) -> tuple[str, str]:
         server.stop()
 
 
-BENCHES: dict[str, Callable[[], str]] = {"site": site, "lab-again": lab_again, "inventory": inventory, "lab": lab}
+BENCHES: dict[str, Callable[[], str]] = {
+    "site": site,
+    "bastion": bastion,
+    "lab-again": lab_again,
+    "inventory": inventory,
+    "lab": lab,
+}
 
 
 def main() -> int:

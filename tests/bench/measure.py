@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import pathlib
 import re
 import subprocess
@@ -26,6 +27,7 @@ class Cost:
     memory_mib: float  # the machine's memory in use at the peak, above what was in use before
     output: str
     returncode: int
+    seconds_by_role: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def changed(self) -> int:
@@ -50,16 +52,41 @@ def cost(argv: Sequence[str], *, check: bool = True) -> Cost:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     start = time.monotonic()
-    run = subprocess.run(
-        list(argv), cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        stdin=subprocess.DEVNULL, timeout=3600,
+    run = subprocess.Popen(
+        list(argv), cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
+    limit = threading.Timer(3600, run.kill)
+    limit.start()
+    assert run.stdout
+    lines = [(time.monotonic() - start, line) for line in run.stdout]
+    returncode = run.wait()
+    limit.cancel()
     seconds = time.monotonic() - start
     done.set()
     watcher.join()
-    if check and run.returncode != 0:
-        sys.exit(f"{' '.join(argv)} failed with status {run.returncode}:\n{run.stdout[-4000:]}")
-    return Cost(seconds, max(0.0, peak - before), run.stdout, run.returncode)
+    output = "".join(line for _, line in lines)
+    if check and returncode != 0:
+        sys.exit(f"{' '.join(argv)} failed with status {returncode}:\n{output[-4000:]}")
+    return Cost(seconds, max(0.0, peak - before), output, returncode, _by_role([*lines, (seconds, "")]))
+
+
+def _by_role(lines: Sequence[tuple[float, str]]) -> dict[str, float]:
+    """Seconds from each task's heading to the next one, by role."""
+    found: dict[str, float] = {}
+    role, since = "(start)", 0.0
+    for at, line in lines:
+        task = TASK.match(line)
+        if task or not line:
+            found[role] = found.get(role, 0.0) + at - since
+            since = at
+        if task:
+            role = _role(task)
+    return found
+
+
+def _role(task: re.Match[str]) -> str:
+    return (task["role"] or task["name"]).removeprefix("nemo.platform.")
 
 
 def remote_executions(output: str) -> dict[tuple[str, str], int]:
@@ -69,7 +96,7 @@ def remote_executions(output: str) -> dict[tuple[str, str], int]:
     for line in output.splitlines():
         task = TASK.match(line)
         if task:
-            role = (task["role"] or task["name"]).removeprefix("nemo.platform.")
+            role = _role(task)
         remote = REMOTE.match(line)
         if remote:
             counts[role, remote["host"]] += 1
