@@ -109,7 +109,7 @@ def release(python: Interpreter) -> str:
 
 
 def path_of(python: Interpreter, machine: str) -> str:
-    name = f"cpython-{release(python)}-{machine}-unknown-linux-gnu-install_only.tar.gz"
+    name = f"cpython-{release(python)}-{machine}-unknown-linux-gnu-install_only_stripped.tar.gz"
     return f"python-build-standalone/{DATE}/{name}"
 
 
