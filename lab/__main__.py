@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import fcntl
 import os
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from lab import engine as engines
 from lab import hosts, image
 from lab.console import LabError, say
-from lab.settings import AWS_HOST, HOSTS, NETWORK, STATE
+from lab.settings import AWS_HOST, CLUSTER_API, DATABASE, INSTANCES, NETWORK, OPERATORS, STATE
 
 
 @contextlib.contextmanager
@@ -51,15 +52,26 @@ def core(_: argparse.Namespace) -> None:
 
 
 def _core() -> tuple[engines.Engine, bytes, str]:
-    from lab.aws import side  # needs the controller's packages, which `image` must not
+    from lab.artifacts import publish  # both need the controller's packages, which `image` must not
+    from lab.aws import side
 
-    engine = engine_of_this_checkout()
-    base = image.ensure(engine)
-    if not shutil.which("ssh-keygen"):
-        engines.apt_install(["openssh-client"])
-    hosts.keys()
-    hosts.network(engine)
-    return engine, *side.up(engine, base)
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        artifacts = beside.submit(publish.prepare)
+        engine = engine_of_this_checkout()
+        base = image.ensure(engine)
+        if not shutil.which("ssh-keygen"):
+            engines.apt_install(["openssh-client"])
+        hosts.keys()
+        hosts.network(engine)
+        return engine, *side.up(engine, base, artifacts)
+
+
+def artifacts(_: argparse.Namespace) -> None:
+    """Make what hosts download from the mirror; it needs no container engine, and may run beside `image`."""
+    from lab.artifacts import publish
+
+    STATE.mkdir(exist_ok=True)
+    publish.prepare()
 
 
 def up(_: argparse.Namespace) -> None:
@@ -111,8 +123,10 @@ def status(_: argparse.Namespace) -> None:
         raise LabError("the lab is down: `make lab` brings it up")
     rows = [("host", "address", "state", "what it is")]
     for name, container, address, what in (
-        *((host.name, host.container, host.address, host.services or host.role) for host in HOSTS),
-        ("aws", AWS_HOST, "10.0.0.10-12", "AWS API, registry, package mirror"),
+        *((host.name, host.container, host.address, host.services or host.role) for host in INSTANCES),
+        ("aws", AWS_HOST, "10.0.0.10-12", "AWS API, registry, mirror of packages and tools"),
+        ("cluster", AWS_HOST, CLUSTER_API, "API server of the cluster: version, health, who may log in"),
+        ("database", AWS_HOST, DATABASE, "a listener in place of RDS"),
     ):
         found = engine.inspect("container", container)
         rows.append((name, address, found["State"]["Status"] if found else "missing", what))
@@ -135,7 +149,8 @@ def status(_: argparse.Namespace) -> None:
 def ssh(arguments: argparse.Namespace) -> None:
     """Log in to a host, or run one command there, as the operators do: through the Bastion."""
     check(arguments)
-    os.execvp("ssh", ["ssh", "-F", str(hosts.SSH_CONFIG), arguments.host, *arguments.command])
+    config = hosts.operator_config(arguments.operator) if arguments.operator else hosts.SSH_CONFIG
+    os.execvp("ssh", ["ssh", "-F", str(config), arguments.host, *arguments.command])
 
 
 def execute(arguments: argparse.Namespace) -> None:
@@ -180,12 +195,17 @@ def main() -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function in {
         "up": up, "down": down, "status": status, "core": core, "image": make_image, "ssh": ssh, "exec": execute,
-        "push": push, "remove": remove, "docker-host": docker_host, "check": check, "scenario-hosts": scenario_hosts, "rebuild": rebuild,
+        "artifacts": artifacts, "push": push, "remove": remove, "docker-host": docker_host, "check": check, "scenario-hosts": scenario_hosts, "rebuild": rebuild,
     }.items():  # fmt: skip
         command = commands.add_parser(name, help=(function.__doc__ or "").split("\n")[0], description=function.__doc__)
         command.set_defaults(function=function)
         if name in ("ssh", "exec", "rebuild"):
-            command.add_argument("host", choices=[host.name for host in HOSTS], help="a host of the platform")
+            names = [*(host.name for host in INSTANCES), *(["aws"] if name == "exec" else [])]
+            command.add_argument("host", choices=names, help="a host of the platform")
+        if name == "ssh":
+            command.add_argument(
+                "--as", dest="operator", choices=OPERATORS, help="log in to the Bastion as an operator"
+            )
         if name in ("ssh", "exec"):
             command.add_argument("command", nargs=argparse.REMAINDER, help="what to run there")
         if name in ("push", "remove"):

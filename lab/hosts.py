@@ -20,18 +20,17 @@ from lab.console import LabError, say
 from lab.engine import Engine, tar_entry
 from lab.run import run, text
 from lab.settings import (
-    AWS_API,
-    AWS_NAMES,
     BASTION,
+    CHECKOUT,
     EKS_NODES,
-    HOSTS,
     IMDS,
+    INSTANCES,
     LABEL,
     MACHINE,
     MIRROR,
+    NAMES,
     NETWORK,
-    REGISTRY,
-    REGISTRY_ADDRESS,
+    OPERATORS,
     SERVICE_PORTS,
     STATE,
     SUBNET,
@@ -43,6 +42,7 @@ from lab.settings import (
 KEY = STATE / "ssh" / "id_ed25519"
 KNOWN_HOSTS = STATE / "known_hosts"
 SSH_CONFIG = STATE / "ssh" / "config"
+OPERATORS_KEYS = STATE / "ssh" / "operators"
 _KNOWN_HOSTS_LOCK = threading.Lock()
 SCENARIO = "scenario-"  # begins the name of every host that is there for tests alone
 
@@ -83,11 +83,42 @@ ExecStart=/usr/local/sbin/nemo-lab-boot
 WantedBy=multi-user.target
 """
 
+# What listens on a host in place of a service that the lab does not have, by role.
+LISTENERS = {
+    "eks-node": (
+        "nemo-lab-cluster",
+        "What the cluster's workloads listen on",
+        (
+            "kafka={0}:9094",
+            "node-port={0}:30080",
+            "node-port={0}:443=/etc/nemo-lab/node",
+            "redis={0}:6379",
+            "redis={0}:26379",
+        ),
+    ),
+    "vllm": ("nemo-lab-vllm", "What stands in for vLLM until it is there", ("vllm={0}:8002",)),
+}
+LISTENERS_UNIT = """[Unit]
+Description={description}
+After=nemo-lab-boot.service
+
+[Service]
+ExecStart=/usr/bin/python3 -I /usr/local/lib/nemo-lab/listeners.py {arguments}
+Restart=on-failure
+RestartSec=1
+
+[Install]
+WantedBy=multi-user.target
+"""
+
 
 def security_group(host: Host) -> str:
     """The inbound rules of a host, in nft's language, ahead of the rules by which Docker publishes ports."""
     bastion = BASTION.address
-    if host == BASTION:
+    if host.role == "eks-node":
+        # The machine's own address is in the network's range, and stands for the outside.
+        allowed = f"ip saddr {bastion} tcp dport 22 accept\n    ip saddr {SUBNET} ip saddr != {MACHINE} tcp dport != 22 accept"
+    elif host == BASTION:
         allowed = f"ip saddr {MACHINE} tcp dport 22 accept"  # the operators' named addresses
     else:
         allowed = f"ip saddr {bastion} tcp dport 22 accept\n    ip saddr {{ {EKS_NODES}, {bastion} }} tcp dport {SERVICE_PORTS} accept"
@@ -113,9 +144,13 @@ def payload(host: Host, ca: bytes, mirror_key: str) -> bytes:
     source = f"Types: deb\nURIs: http://{MIRROR}/debian\nSuites: {SUITE}\nComponents: main\nSigned-By:\n"
     source += "".join(f" {line or '.'}\n" for line in mirror_key.strip().splitlines())
     key = KEY.with_suffix(".pub").read_bytes()
+    extra, units = _listeners(host)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for path, data, mode in (
+            *extra,
+            # The authority's certificate is among the system's; what brings authorities of its own is told so.
+            ("/etc/environment", b"AWS_CA_BUNDLE=/etc/ssl/certs/ca-certificates.crt\n", 0o644),
             ("/usr/local/share/ca-certificates/nemo-lab.crt", ca, 0o644),
             ("/etc/apt/sources.list.d/nemo-lab.sources", source.encode(), 0o644),
             ("/etc/nemo-lab/security-groups.nft", security_group(host).encode(), 0o644),
@@ -124,9 +159,10 @@ def payload(host: Host, ca: bytes, mirror_key: str) -> bytes:
         ):
             info, content = tar_entry(path, data, mode)
             tar.addfile(info, io.BytesIO(content))
-        link = tarfile.TarInfo("etc/systemd/system/multi-user.target.wants/nemo-lab-boot.service")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/systemd/system/nemo-lab-boot.service"
-        tar.addfile(link)
+        for unit in ("nemo-lab-boot", *units):
+            link = tarfile.TarInfo(f"etc/systemd/system/multi-user.target.wants/{unit}.service")
+            link.type, link.linkname = tarfile.SYMTYPE, f"/etc/systemd/system/{unit}.service"
+            tar.addfile(link)
         for path, data, mode in (
             (f"/home/{USER}/.ssh", b"", 0o700),
             (f"/home/{USER}/.ssh/authorized_keys", key, 0o600),
@@ -137,6 +173,27 @@ def payload(host: Host, ca: bytes, mirror_key: str) -> bytes:
                 info.type = tarfile.DIRTYPE
             tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def _listeners(host: Host) -> tuple[list[tuple[str, bytes, int]], list[str]]:
+    """Files and units of what listens on a host in place of services."""
+    if host.role not in LISTENERS:
+        return [], []
+    unit, description, arguments = LISTENERS[host.role]
+    text = LISTENERS_UNIT.format(description=description, arguments=" ".join(arguments).format(host.address))
+    files = [
+        ("/usr/local/lib/nemo-lab/listeners.py", (CHECKOUT / "lab" / "listeners.py").read_bytes(), 0o644),
+        (f"/etc/systemd/system/{unit}.service", text.encode(), 0o644),
+    ]
+    if host.role == "eks-node":
+        from lab import pki  # needs the controller's packages, which `image` and `down` must not
+
+        certificate, key = pki.server(STATE / "pki", host.name, (host.address,))
+        files += [
+            ("/etc/nemo-lab/node.crt", certificate.read_bytes(), 0o644),
+            ("/etc/nemo-lab/node.key", key.read_bytes(), 0o600),
+        ]
+    return files, [unit]
 
 
 def network(engine: Engine) -> None:
@@ -166,25 +223,45 @@ def _route_conflict() -> str:
 
 
 def keys() -> None:
-    """The key pair that opens the lab's hosts, and the configuration with which plain ssh reaches them."""
-    KEY.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not KEY.exists():  # the private part is there last, so that it stands for both
-        draft = KEY.with_name("draft")
+    """The key pairs that open the lab's hosts, and the configurations with which plain ssh reaches them."""
+    _key_pair(KEY, "nemo-lab")
+    SSH_CONFIG.write_text(ssh_config())
+    for name in OPERATORS:
+        _key_pair(OPERATORS_KEYS / name, f"{name}@nemo-lab")
+        operator_config(name).write_text(ssh_config(name))
+
+
+def _key_pair(key: pathlib.Path, comment: str) -> None:
+    """An Ed25519 key pair, made once."""
+    key.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not key.exists():  # the private part is there last, so that it stands for both
+        draft = key.with_name("draft")
         for left in (draft, draft.with_suffix(".pub")):
             left.unlink(missing_ok=True)
-        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "nemo-lab", "-f", str(draft)])
-        draft.with_suffix(".pub").replace(KEY.with_suffix(".pub"))
-        draft.replace(KEY)
-    SSH_CONFIG.write_text(ssh_config())
+        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(draft)])
+        draft.with_suffix(".pub").replace(key.with_suffix(".pub"))
+        draft.replace(key)
 
 
-def ssh_config() -> str:
-    """The way to every host: directly to the Bastion, through it to the others."""
-    lines = [f"Host {host.name}\n  HostName {host.address}\n" for host in HOSTS]
+def operator_config(name: str) -> pathlib.Path:
+    """The configuration with which ssh goes to the hosts as one of the operators."""
+    return OPERATORS_KEYS / f"{name}.config"
+
+
+def ssh_config(operator: str = "") -> str:
+    """The way to every host: directly to the Bastion, through it to the others.
+
+    An operator has an account on the Bastion alone, and goes on to the others as the platform's own user.
+    """
+    lines = [f"Host {host.name}\n  HostName {host.address}\n" for host in INSTANCES]
     lines += [f"Host {BASTION.name} {BASTION.address}\n  ProxyJump none\n"]
+    if operator:
+        lines += [f'  User {operator}\n  IdentityFile "{OPERATORS_KEYS / operator}"\n']
+        others = " ".join(f"{host.name} {host.address}" for host in INSTANCES if host != BASTION)
+        lines += [f'Host {others}\n  IdentityFile "{KEY}"\n']
+    identity = "" if operator else f'  IdentityFile "{KEY}"\n'
     lines += [
-        f"Host *\n  User {USER}\n  ProxyJump {BASTION.name}\n"
-        f'  IdentityFile "{KEY}"\n  IdentitiesOnly yes\n'
+        f"Host *\n  User {USER}\n  ProxyJump {BASTION.name}\n{identity}  IdentitiesOnly yes\n"
         f'  UserKnownHostsFile "{KNOWN_HOSTS}"\n  StrictHostKeyChecking accept-new\n  HashKnownHosts no\n  LogLevel ERROR\n  ConnectTimeout 10\n'
     ]
     return "".join(lines)
@@ -194,7 +271,8 @@ def create(
     engine: Engine, image: str, name: str, hostname: str, address: str, identity: str, build: Callable[[], list[bytes]]
 ) -> bool:
     """A running container with these archives unpacked in it; one that was made from the same stays as it is."""
-    fingerprint = hashlib.sha256(f"{image} {identity}".encode()).hexdigest()[:16]
+    names = [f"--add-host={known}:{where}" for known, where in NAMES.items()]
+    fingerprint = hashlib.sha256(f"{image} {identity} {names}".encode()).hexdigest()[:16]
     found = engine.inspect("container", name)
     # One that never started may lack its archives: the run that made it was interrupted.
     whole = found and found["State"]["Status"] != "created"
@@ -206,7 +284,6 @@ def create(
     if found:
         engine("rm", "--force", "--volumes", name)
     _forget(address)
-    names = [f"--add-host={REGISTRY}:{REGISTRY_ADDRESS}", *(f"--add-host={api}:{AWS_API}" for api in AWS_NAMES)]
     engine(
         "create", "--name", name, "--hostname", hostname, "--network", NETWORK, "--ip", address, *names, *CAPABILITIES,
         "--security-opt=seccomp=unconfined", "--security-opt=apparmor=unconfined", "--cgroupns=private",
@@ -261,13 +338,13 @@ def wait_for_port(address: str, port: int, seconds: float = 60) -> None:
 
 
 def up(engine: Engine, image: str, ca: bytes, mirror_key: str) -> bool:
-    """All hosts of the platform, running and reachable by SSH through the Bastion."""
+    """All instances of the platform, running and reachable by SSH through the Bastion."""
 
     def bring(host: Host) -> bool:
         return _create_host(engine, image, host, f"ip-{host.address.replace('.', '-')}", ca, mirror_key)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        made = list(pool.map(bring, HOSTS))
+        made = list(pool.map(bring, INSTANCES))
     wait_for_port(BASTION.address, 22)
     return any(made)
 

@@ -26,6 +26,20 @@ MIRROR = "10.0.0.12"
 IMDS = "169.254.169.254"
 AWS_NAMES = tuple(f"{service}.{REGION}.amazonaws.com" for service in ("api.ecr", "ec2", "sts", "eks"))
 
+CLUSTER = "nemo_EKS_kluster"
+CLUSTER_VERSION = "1.33"
+CLUSTER_API = "10.0.3.10"
+CLUSTER_NAME = f"6F1C0D9A7B3E4528A1D4C7E90B52F386.gr7.{REGION}.eks.amazonaws.com"
+DATABASE = "10.0.3.50"
+DATABASE_NAME = f"nemo-db-instance.c9k2x7qw4lmz.{REGION}.rds.amazonaws.com"
+# What a name server would tell hosts; nothing else has a name in the lab.
+NAMES = {
+    REGISTRY: REGISTRY_ADDRESS,
+    **dict.fromkeys(AWS_NAMES, AWS_API),
+    CLUSTER_NAME: CLUSTER_API,
+    DATABASE_NAME: DATABASE,
+}
+
 EKS_NODES = "10.0.3.0-10.0.5.255"
 SERVICE_PORTS = "8000-8002"
 
@@ -40,6 +54,7 @@ class Host:
     services: str = ""
     instance_type: str = "t3.medium"
     subnet: str = "10.0.2.0/24"
+    tag: str = ""  # its Name in the account, where that is not the lab's name
 
     @property
     def container(self) -> str:
@@ -53,6 +68,11 @@ HOSTS = (
     Host("ai-prod", "10.0.2.31", "ai", "ai-prod"),
     Host("ai-dev", "10.0.2.32", "ai", "ai-dev"),
 )
+
+# A node of the cluster: a neighbour of the hosts that this project configures, and none of them.
+NODE = Host("eks-node", "10.0.3.11", "eks-node", instance_type="t3.large", subnet="10.0.3.0/24", tag="eks-node-a")
+INSTANCES = (*HOSTS, NODE)
+OPERATORS = ("alice", "bob", "mallory")  # who has a key pair in the lab; the inventory says who of them may do what
 
 # The base image of every lab host: what an instance has at its first boot.
 IMAGE_PACKAGES = [

@@ -17,7 +17,7 @@ LOCK = CHECKOUT / "requirements" / "controller.txt"
 
 def project(wheel: str) -> str:
     """The normal form of the name of the project that a wheel belongs to."""
-    return re.sub(r"[-_.]+", "-", wheel.split("-")[0]).lower()
+    return re.sub(r"[-_.]+", "-", wheel.split("-", maxsplit=1)[0]).lower()
 
 
 def page(title: str, links: list[tuple[str, str]]) -> str:

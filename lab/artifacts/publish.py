@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import fcntl
 import hashlib
 import json
 import pathlib
@@ -12,7 +13,7 @@ from lab.artifacts import awscli, index, interpreter, kubernetes, signing, store
 from lab.aws.payload import machine
 from lab.console import say, step
 from lab.engine import Engine, tar_entry
-from lab.settings import AWS_HOST, MIRROR, STATE
+from lab.settings import AWS_HOST, CACHE, MIRROR, STATE
 
 DESCRIPTION = STATE / "artifacts.json"
 STAMP = "/opt/nemo-lab/artifacts"  # in the container: what was put there
@@ -97,7 +98,11 @@ class Artifacts:
 
 
 def prepare() -> Artifacts:
-    return Artifacts()
+    """Make what is missing, one process at a time."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "mirror.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return Artifacts()
 
 
 def publish(engine: Engine, base: str, artifacts: Artifacts) -> bool:

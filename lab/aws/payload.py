@@ -15,7 +15,22 @@ from lab import pki
 from lab.aws import deb
 from lab.console import LabError, step
 from lab.run import run
-from lab.settings import ACCOUNT, AWS_API, AWS_NAMES, IMDS, MIRROR, REGION, REGISTRY, REGISTRY_ADDRESS
+from lab.settings import (
+    ACCOUNT,
+    AWS_API,
+    AWS_NAMES,
+    CLUSTER_API,
+    CLUSTER_NAME,
+    DATABASE,
+    EKS_NODES,
+    IMDS,
+    MACHINE,
+    MIRROR,
+    REGION,
+    REGISTRY,
+    REGISTRY_ADDRESS,
+    SUBNET,
+)
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = "opt/nemo-lab"
@@ -27,7 +42,7 @@ MTIME = 1_700_000_000  # an archive made twice is the same
 API_NAMES = (*AWS_NAMES, f"*.{REGION}.amazonaws.com", "sts.amazonaws.com", "iam.amazonaws.com", AWS_API)
 
 ADDRESSES = f"""[Unit]
-Description=The addresses of the registry, the mirror and the instance metadata
+Description=The addresses of the registry, the mirror, the instance metadata, the cluster and the database
 DefaultDependencies=no
 After=local-fs.target
 Before=network.target
@@ -38,6 +53,9 @@ RemainAfterExit=yes
 ExecStart=/sbin/ip address replace {REGISTRY_ADDRESS}/32 dev eth0
 ExecStart=/sbin/ip address replace {MIRROR}/32 dev eth0
 ExecStart=/sbin/ip address replace {IMDS}/32 dev eth0
+ExecStart=/sbin/ip address replace {CLUSTER_API}/32 dev eth0
+ExecStart=/sbin/ip address replace {DATABASE}/32 dev eth0
+ExecStart=/usr/sbin/nft -f /{ROOT}/security-groups.nft
 # Python's servers look up the name of their own address, and nobody else answers here.
 ExecStart=/bin/sh -c 'grep -q "^{MIRROR} " /etc/hosts || printf "%%s\\n" "{MIRROR} mirror" "{IMDS} metadata" >>/etc/hosts'
 
@@ -86,7 +104,7 @@ Requires=nemo-lab-addresses.service
 After=nemo-lab-addresses.service
 
 [Service]
-ExecStart=/usr/bin/python3 -m http.server 80 --bind {MIRROR} --directory /srv/mirror --protocol HTTP/1.1
+ExecStart=/usr/bin/python3 /{ROOT}/lab/aws/files.py {MIRROR} 80 /srv/mirror
 StandardOutput=null
 StandardError=null
 Restart=on-failure
@@ -95,7 +113,39 @@ Restart=on-failure
 WantedBy=multi-user.target
 """
 
-UNITS = {"addresses": ADDRESSES, "aws": API, "registry": REGISTRY_UNIT, "mirror": MIRROR_UNIT}
+NEIGHBOURS = f"""[Unit]
+Description=The cluster's API server and the database, as far as they listen
+Requires=nemo-lab-addresses.service
+After=nemo-lab-addresses.service
+
+[Service]
+ExecStart=/usr/bin/python3 -I /{ROOT}/lab/listeners.py kubernetes={CLUSTER_API}:443=/{ROOT}/tls/cluster mysql={DATABASE}:3306
+Restart=on-failure
+RestartSec=1
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+UNITS = {"addresses": ADDRESSES, "aws": API, "registry": REGISTRY_UNIT, "mirror": MIRROR_UNIT, "neighbours": NEIGHBOURS}
+
+# The cluster's endpoint is private: open to the VPC, and this machine stands for what is outside.
+SECURITY_GROUPS = f"""table inet nemo_lab_security_group
+delete table inet nemo_lab_security_group
+table inet nemo_lab_security_group {{
+  chain inbound {{
+    type filter hook prerouting priority -150; policy accept;
+    ip daddr != {{ {CLUSTER_API}, {DATABASE} }} accept
+    iifname != "eth0" accept
+    ct state established,related accept
+    meta l4proto icmp accept
+    ip daddr {CLUSTER_API} ip saddr {SUBNET} ip saddr != {MACHINE} tcp dport 443 accept
+    ip daddr {DATABASE} ip saddr {EKS_NODES} tcp dport 3306 accept
+    meta l4proto tcp reject with tcp reset
+    drop
+  }}
+}}
+"""
 
 REGISTRY_CONFIG = f"""version: 0.1
 log:
@@ -169,6 +219,7 @@ def _files(state: pathlib.Path, registry: pathlib.Path) -> dict[str, tuple[bytes
     pki_folder = state / "pki"
     api = pki.server(pki_folder, "aws", API_NAMES)
     ecr = pki.server(pki_folder, "registry", (REGISTRY, REGISTRY_ADDRESS))
+    cluster = pki.server(pki_folder, "cluster", (CLUSTER_NAME, CLUSTER_API, "kubernetes.default.svc"))
     requirements = (HERE / "requirements.txt").read_bytes()
     files = {
         "usr/local/share/ca-certificates/nemo-lab.crt": (pki.authority(pki_folder).read_bytes(), 0o644),
@@ -176,11 +227,14 @@ def _files(state: pathlib.Path, registry: pathlib.Path) -> dict[str, tuple[bytes
         f"{ROOT}/bin/docker-registry": (deb.read(registry, "usr/bin/docker-registry"), 0o755),
         f"{ROOT}/bin/htpasswd": (HTPASSWD.encode(), 0o755),
         f"{ROOT}/registry.yml": (REGISTRY_CONFIG.encode(), 0o644),
+        f"{ROOT}/security-groups.nft": (SECURITY_GROUPS.encode(), 0o644),
     }
-    for name, (certificate, private) in {"aws": api, "registry": ecr}.items():
+    for name, (certificate, private) in {"aws": api, "registry": ecr, "cluster": cluster}.items():
         files[f"{ROOT}/tls/{name}.crt"] = (certificate.read_bytes(), 0o644)
         files[f"{ROOT}/tls/{name}.key"] = (private.read_bytes(), 0o600)
-    for path in ("__init__.py", "settings.py", "aws/__init__.py", "aws/server.py", "aws/amis.json"):
+    for path in (
+        "__init__.py", "settings.py", "listeners.py", "aws/__init__.py", "aws/server.py", "aws/files.py", "aws/amis.json",
+    ):  # fmt: skip
         files[f"{ROOT}/lab/{path}"] = ((HERE.parent / path).read_bytes(), 0o644)
     for name, text in UNITS.items():
         files[f"etc/systemd/system/nemo-lab-{name}.service"] = (text.encode(), 0o644)

@@ -12,11 +12,10 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from lab.settings import ACCOUNT, AWS_API, REGION, SUBNET, Host
+from lab.settings import ACCOUNT, AWS_API, CLUSTER, CLUSTER_VERSION, REGION, SUBNET, Host
 
 ENDPOINT = f"http://{AWS_API}:5000"
 PROJECT = "nemo"
-CLUSTER = "nemo_EKS_kluster"
 KEY_PAIR = "keypair-kube-master"
 AMAZON_LINUX_2, AMAZON_LINUX_2023 = "ami-0662f4965dfc70aca", "ami-0c0ffee2025091500"  # both in amis.json
 REPOSITORIES = ("ai", "backend", "frontend")
@@ -38,7 +37,11 @@ GROUPS: Mapping[str, tuple[str, Sequence[tuple[int, int, Any]]]] = {
         [(-1, -1, WITHIN), (30000, 32767, WITHIN), (9094, 9094, WITHIN), (443, 443, WITHIN)],
     ),
     "nemo-ai": ("AI servers", [(8000, 8002, NODES), (22, 22, "nemo-bastion")]),
+    "nemo-rds": ("RDS", [(3306, 3306, "nemo-eks-nodes")]),
 }
+
+
+GROUP_OF = {"bastion": "nemo-bastion", "eks-node": "nemo-eks-nodes"}  # by role; all others are AI servers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,13 +132,13 @@ def _instances(ec2: Any, wanted: Sequence[_Instance]) -> bool:
 
 
 def _instance(host: Host) -> _Instance:
-    tags = {"Name": host.name, "Project": PROJECT, "Role": host.role}
+    tags = {"Name": host.tag or host.name, "Project": PROJECT, "Role": host.role}
     if host.services:
         tags["Services"] = host.services
     bastion = host.role == "bastion"
     return _Instance(
         host.name, host.address, tags, host.instance_type, host.subnet,
-        group="nemo-bastion" if bastion else "nemo-ai", role=f"nemo-{host.role}",
+        group=GROUP_OF.get(host.role, "nemo-ai"), role=f"nemo-{host.role}",
         image=AMAZON_LINUX_2 if bastion else AMAZON_LINUX_2023, public=bastion,
         data_volume=200 if host.role == "vllm" else 0,
     )  # fmt: skip
@@ -283,10 +286,12 @@ def _cluster(ec2: Any) -> bool:
         return False
     subnets = _network(ec2)
     eks.create_cluster(
-        name=CLUSTER, version="1.33", roleArn=f"arn:aws:iam::{ACCOUNT}:role/nemo-eks-cluster", tags={"Project": PROJECT},
+        name=CLUSTER, version=CLUSTER_VERSION, roleArn=f"arn:aws:iam::{ACCOUNT}:role/nemo-eks-cluster", tags={"Project": PROJECT},
         resourcesVpcConfig={
             "subnetIds": [subnets[cidr] for cidr, (_, _, balancer) in SUBNETS.items() if balancer == "internal-elb"],
             "securityGroupIds": [_groups(ec2)["nemo-eks-nodes"]],
+            "endpointPrivateAccess": True,
+            "endpointPublicAccess": False,
         },
     )  # fmt: skip
     return True

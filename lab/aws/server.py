@@ -5,6 +5,7 @@ Runs inside the container nemo-lab-aws, under its Python 3.11, with moto from /o
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import http.server
@@ -20,9 +21,10 @@ import urllib.parse
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lab.settings import ACCOUNT, AWS_API, IMDS, REGION
+from lab.settings import ACCOUNT, AWS_API, CLUSTER, CLUSTER_NAME, IMDS, REGION
 
 FOLDER = pathlib.Path("/opt/nemo-lab")
+AUTHORITY = pathlib.Path("/usr/local/share/ca-certificates/nemo-lab.crt")
 EXPIRED = pathlib.Path("/run/nemo-lab/expired-token")  # where this file is, every call finds its credentials expired
 
 # Read by moto on import.
@@ -44,6 +46,7 @@ from moto.ec2.models.core import TaggedEC2Resource  # noqa: E402
 from moto.ec2.models.instances import Instance  # noqa: E402
 from moto.ec2.utils import EC2_PREFIX_TO_RESOURCE, get_prefix  # noqa: E402
 from moto.ecr.responses import ECRResponse  # noqa: E402
+from moto.eks.models import Cluster  # noqa: E402
 from moto.iam.models import iam_backends  # noqa: E402
 from moto.moto_server.werkzeug_app import (  # noqa: E402
     DomainDispatcherApplication,
@@ -80,6 +83,16 @@ def _get_authorization_token(self: ECRResponse) -> ActionResult:
     return answer
 
 
+def _init_cluster(self: Cluster, name: str, *arguments: Any, **more: Any) -> None:
+    """The platform's cluster is where the lab has it, with a certificate of the lab's authority; moto makes both up."""
+    _moto_cluster(self, name, *arguments, **more)
+    if name == CLUSTER:
+        self.endpoint = f"https://{CLUSTER_NAME}"
+        self.certificate_authority = {"data": base64.b64encode(AUTHORITY.read_bytes()).decode()}
+
+
+_moto_cluster = Cluster.__init__
+Cluster.__init__ = _init_cluster
 _moto_token = ECRResponse.get_authorization_token
 ECRResponse.get_authorization_token = _get_authorization_token
 TaggedEC2Resource.get_tags = _get_tags

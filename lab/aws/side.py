@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import hashlib
 import io
@@ -12,10 +13,11 @@ from collections.abc import Iterator
 from botocore.exceptions import BotoCoreError, ClientError
 
 from lab import hosts, image, mirror
+from lab.artifacts import publish
 from lab.aws import images, payload, seed
 from lab.console import LabError, say
 from lab.engine import Engine, tar_entry
-from lab.settings import AWS_API, AWS_HOST, HOSTS, LABEL, MIRROR, REGISTRY_ADDRESS, STATE
+from lab.settings import AWS_API, AWS_HOST, INSTANCES, LABEL, MIRROR, REGISTRY_ADDRESS, STATE
 
 MIRROR_KEY = STATE / "pki" / "mirror-key.asc"
 INDEX_UNIT = """[Unit]
@@ -88,7 +90,7 @@ def errors() -> Iterator[None]:
         raise LabError(f"the AWS side of the lab answered: {error}; `make lab` repairs what it can") from error
 
 
-def up(engine: Engine, base: str) -> tuple[bytes, str]:
+def up(engine: Engine, base: str, artifacts: concurrent.futures.Future[publish.Artifacts]) -> tuple[bytes, str]:
     """The AWS side, running and filled; returns the lab's CA certificate and the public key of its mirror."""
     archive, key = payload.build(STATE, image.debs()), _mirror_key(engine, base)
     identity = hashlib.sha256("\n".join([
@@ -103,7 +105,8 @@ def up(engine: Engine, base: str) -> tuple[bytes, str]:
     for address, port in ((AWS_API, 5000), (AWS_API, 443), (REGISTRY_ADDRESS, 443), (MIRROR, 80)):
         hosts.wait_for_port(address, port)
     with errors():
-        if seed.seed(HOSTS):
+        if seed.seed(INSTANCES):
             say("the AWS account holds its instances, volumes, repositories and cluster")
         images.ensure()
+    publish.publish(engine, base, artifacts.result())
     return (STATE / "pki" / "ca.crt").read_bytes(), key[key.index("-----BEGIN PGP PUBLIC KEY BLOCK-----") :]
