@@ -1,9 +1,9 @@
 #!/usr/bin/python3
-"""Makes a Debian host look like Amazon Linux 2023 to Ansible: its names, its package manager, its packages.
+"""Makes a Debian host look like Amazon Linux to Ansible: its names, its package manager, its packages.
 
-Run as root on a throw-away host that has dnf, rpm, createrepo-c, gpg and gpg-agent. What it leaves:
+make_amazon_linux.py [2023 | 2], as root on a throw-away host that has dnf, rpm, createrepo-c, gpg and gpg-agent. It leaves:
 
-- /etc/os-release and /etc/system-release of Amazon Linux 2023; an rpm database that holds the release package and a
+- /etc/os-release and /etc/system-release of Amazon Linux; an rpm database that holds the release package and a
   package that stands for what Debian has under other names (a shell, systemd);
 - /srv/amazonlinux/<release>: repositories of RPMs signed with a key made here, gpgcheck on. `latest` has the security
   updates that the release does not have yet, and the advisories that say so;
@@ -19,12 +19,15 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 import tempfile
 
-RELEASE = "2023.9.20251027"
+YUM = sys.argv[1:] == ["2"]
+RELEASE = "2" if YUM else "2023.9.20251027"
 REPOSITORIES = pathlib.Path("/srv/amazonlinux")
-KEY = pathlib.Path("/etc/pki/rpm-gpg/RPM-GPG-KEY-amazon-linux-2023")
+KEY = pathlib.Path("/etc/pki/rpm-gpg/RPM-GPG-KEY-amazon-linux-2" + ("" if YUM else "023"))
 DONE = pathlib.Path("/srv/amazonlinux/done")
+DIST = "1.amzn2" if YUM else "1.amzn2023"
 
 OS_RELEASE = """\
 NAME="Amazon Linux"
@@ -37,10 +40,20 @@ PRETTY_NAME="Amazon Linux 2023.9.20251027"
 CPE_NAME="cpe:2.3:o:amazon:amazon_linux:2023"
 VENDOR_NAME="AWS"
 """
+OS_RELEASE_2 = """\
+NAME="Amazon Linux"
+VERSION="2"
+ID="amzn"
+ID_LIKE="centos rhel fedora"
+VERSION_ID="2"
+PRETTY_NAME="Amazon Linux 2"
+CPE_NAME="cpe:2.3:o:amazon:amazon_linux:2"
+"""
+SYSTEM_RELEASE = f"Amazon Linux release {'2 (Karoo)' if YUM else f'{RELEASE} (Amazon Linux)'}\n"
 REPOSITORY = f"""\
 [amazonlinux]
-name=Amazon Linux 2023 repository
-baseurl=file://{REPOSITORIES}/$releasever
+name=Amazon Linux repository
+baseurl=file://{REPOSITORIES}/{"latest" if YUM else "$releasever"}
 enabled=1
 gpgcheck=1
 gpgkey=file://{KEY}
@@ -136,6 +149,110 @@ apply_updates = no
 [emitters]
 emit_via = stdio
 """
+# Of a Bastion, empty.
+NETWORK_TOOLS = ("bind-utils", "tcpdump", "traceroute", "nmap-ncat", "mtr", "mariadb", "lsof", "jq", "acl")
+# Where dnf's own Python is on the stand-in for Amazon Linux 2, whose yum has Python 2 for itself.
+PYTHON_OF_YUM = "/usr/libexec/amazon-linux-test/python"
+YUM_PROGRAM = f"""\
+#!/bin/sh
+exec {PYTHON_OF_YUM} /usr/bin/dnf-3 "$@"
+"""
+# Amazon Linux 2's python3, as far as whoever asks for its version can see; it runs no module.
+PYTHON_3_7 = """\
+#!/bin/sh
+echo 3.7.16
+exit 3
+"""
+# What yum-cron does with its configuration, by dnf.
+YUM_CRON = f"""\
+#!{PYTHON_OF_YUM}
+import configparser
+import subprocess
+import sys
+settings = configparser.ConfigParser(interpolation=None)
+settings.read(sys.argv[1:] or ["/etc/yum/yum-cron.conf"])
+if settings["commands"].getboolean("apply_updates"):
+    held = [f"--exclude={{name}}" for name in settings["base"].get("exclude", "").replace(",", " ").split()]
+    kind = ["--security"] if settings["commands"]["update_cmd"] == "security" else []
+    sys.exit(subprocess.call(["/usr/bin/yum", "--assumeyes", "upgrade", *kind, *held]))
+"""
+YUM_CRON_SERVICE = """\
+[Unit]
+Description=Run automatic yum updates as a cron job
+ConditionPathExists=!/etc/.no-yum-cron
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/touch /run/lock/yum-cron
+ExecStop=/bin/rm -f /run/lock/yum-cron
+
+[Install]
+WantedBy=multi-user.target
+"""
+YUM_CRON_CONF = """\
+[commands]
+update_cmd = default
+download_updates = yes
+apply_updates = no
+[emitters]
+emit_via = stdio
+[base]
+debuglevel = -2
+"""
+# The settings that servconf.c of OpenSSH 7.4p1 knows, those that it takes inside Match first.
+SSH_IN_MATCH = (
+    "acceptenv allowagentforwarding allowgroups allowstreamlocalforwarding allowtcpforwarding allowusers"
+    " authenticationmethods authorizedkeyscommand authorizedkeyscommanduser authorizedkeysfile"
+    " authorizedprincipalscommand authorizedprincipalscommanduser authorizedprincipalsfile banner chrootdirectory"
+    " clientalivecountmax clientaliveinterval denygroups denyusers disableforwarding forcecommand gatewayports"
+    " gssapiauthentication hostbasedacceptedkeytypes hostbasedauthentication hostbasedusesnamefrompacketonly ipqos"
+    " kbdinteractiveauthentication kerberosauthentication match maxauthtries maxsessions passwordauthentication"
+    " permitemptypasswords permitopen permitrootlogin permittty permittunnel permituserrc pubkeyacceptedkeytypes"
+    " pubkeyauthentication rekeylimit revokedkeys streamlocalbindmask streamlocalbindunlink trustedusercakeys"
+    " x11displayoffset x11forwarding x11uselocalhost"
+)
+SSH_ELSEWHERE = (
+    "addressfamily challengeresponseauthentication ciphers compression fingerprinthash gssapicleanupcredentials"
+    " gssapistrictacceptorcheck hostcertificate hostkey hostkeyagent hostkeyalgorithms ignorerhosts"
+    " ignoreuserknownhosts kexalgorithms listenaddress logingracetime loglevel macs maxstartups"
+    " permituserenvironment pidfile port printlastlog printmotd protocol strictmodes subsystem syslogfacility"
+    " tcpkeepalive usedns uselogin usepam useprivilegeseparation versionaddendum xauthlocation"
+)
+# Ahead of the real daemon: what 7.4 would not read is refused.
+SSHD = f"""\
+#!/bin/sh
+config=/etc/ssh/sshd_config last=
+for word in "$@"; do
+  case $last in -f) config=$word ;; esac
+  last=$word
+done
+awk -v all=' {SSH_IN_MATCH} ' -v alone=' {SSH_ELSEWHERE} ' '
+  {{ key = tolower($1); sub(/=.*/, "", key) }}
+  key == "" || key ~ /^#/ {{ next }}
+  key == "match" {{ inside = tolower($2) != "all"; next }}
+  index(all, " " key " ") {{ next }}
+  !index(alone, " " key " ") {{ print FILENAME ": line " FNR ": Bad configuration option: " $1; bad = 1; next }}
+  inside {{ print FILENAME ": line " FNR ": Directive " $1 " is not allowed within a Match block"; bad = 1 }}
+  END {{ exit bad * 255 }}' "$config" >&2 || exit 255
+exec /usr/sbin/sshd.of-debian "$@"
+"""
+SSHD_CONFIG = """\
+HostKey /etc/ssh/ssh_host_rsa_key
+HostKey /etc/ssh/ssh_host_ecdsa_key
+HostKey /etc/ssh/ssh_host_ed25519_key
+SyslogFacility AUTHPRIV
+AuthorizedKeysFile .ssh/authorized_keys
+PasswordAuthentication yes
+ChallengeResponseAuthentication no
+UsePAM yes
+X11Forwarding yes
+AcceptEnv LANG LC_ALL
+Subsystem sftp /usr/lib/openssh/sftp-server
+
+AuthorizedKeysCommand /bin/true %u %f
+AuthorizedKeysCommandUser nobody
+"""
 PYTHON_ELSEWHERE = "/opt/amazon-linux/bin/python3"
 
 Content = dict[str, str]
@@ -198,7 +315,7 @@ class Workshop:
         lines = [
             "%global debug_package %{nil}", "%global __os_install_post %{nil}", "%global _build_id_links none",
             "%define _binary_payload w1.gzdio",
-            f"Name: {name}", f"Version: {version}", "Release: 1.amzn2023", f"Summary: {name} for a test", "License: GPLv3+",
+            f"Name: {name}", f"Version: {version}", f"Release: {DIST}", f"Summary: {name} for a test", "License: GPLv3+",
             "AutoReqProv: no", *(f"Provides: {it}" for it in provides), *(f"Requires: {it}" for it in requires),
             "%description", "A stand-in.",
             "%install", f"mkdir -p %{{buildroot}} && cp -a {tree}/. %{{buildroot}}/",
@@ -271,6 +388,9 @@ def packages_of_the_release(shop: Workshop) -> None:
         texts={"/usr/lib/systemd/system/chronyd.service": CHRONYD_SERVICE, "/etc/chrony.conf": "pool 2.amazon.pool.ntp.org iburst\n"},
         configs=("/etc/chrony.conf",),
     )  # fmt: skip
+    if YUM:
+        packages_of_yum(shop)
+        return
     shop.rpm(
         "dnf-automatic", "4.14.0",
         programs={"/usr/bin/dnf-automatic": DNF_AUTOMATIC},
@@ -321,6 +441,18 @@ def packages_of_the_release(shop: Workshop) -> None:
     )  # fmt: skip
 
 
+def packages_of_yum(shop: Workshop) -> None:
+    """What only Amazon Linux 2 has; no container engine, as no host of the platform with one runs it."""
+    shop.rpm(
+        "yum-cron", "3.4.3",
+        programs={"/usr/sbin/yum-cron": YUM_CRON},
+        texts={"/usr/lib/systemd/system/yum-cron.service": YUM_CRON_SERVICE, "/etc/yum/yum-cron.conf": YUM_CRON_CONF},
+        configs=("/etc/yum/yum-cron.conf",),
+    )  # fmt: skip
+    for name in NETWORK_TOOLS:
+        shop.rpm(name, texts={f"/usr/share/amazon-linux-test/{name}": "1\n"})
+
+
 def packages_of_the_updates(shop: Workshop) -> None:
     """What `latest` has beyond the release."""
     for name in ("openssl", "less", "kernel", "nvidia-driver"):
@@ -334,8 +466,8 @@ def advisories() -> str:
     entries = "".join(
         f"""<update from="test" status="final" type="{kind}" version="1"><id>ALAS2023-2026-{number}</id><title>{name}</title>
 <issued date="2026-01-01 00:00:00"/><severity>important</severity><summary>{name}</summary><description>{name}</description>
-<pkglist><collection short="test"><name>test</name><package name="{name}" version="99.0" release="1.amzn2023" epoch="0"
- arch="{machine}"><filename>{name}-99.0-1.amzn2023.{machine}.rpm</filename></package></collection></pkglist></update>"""
+<pkglist><collection short="test"><name>test</name><package name="{name}" version="99.0" release="{DIST}" epoch="0"
+ arch="{machine}"><filename>{name}-99.0-{DIST}.{machine}.rpm</filename></package></collection></pkglist></update>"""
         for number, (name, kind) in enumerate(updates.items(), 1000)
     )
     return f'<?xml version="1.0" encoding="UTF-8"?>\n<updates>{entries}</updates>\n'
@@ -376,9 +508,36 @@ def make_host() -> None:
     # a link to /usr/lib on Debian; the package there must not change
     os_release = pathlib.Path("/etc/os-release")
     os_release.unlink(missing_ok=True)
-    os_release.write_text(OS_RELEASE)
-    pathlib.Path("/etc/system-release").write_text("Amazon Linux release 2023.9.20251027 (Amazon Linux)\n")
+    os_release.write_text(OS_RELEASE_2 if YUM else OS_RELEASE)
+    pathlib.Path("/etc/system-release").write_text(SYSTEM_RELEASE)
     pathlib.Path("/etc/debian_version").unlink(missing_ok=True)
+    if YUM:
+        make_host_of_yum()
+
+
+def program(path: str, text: str) -> None:
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    target.write_text(text)
+    target.chmod(0o755)
+
+
+def make_host_of_yum() -> None:
+    """yum without a binding for anyone's Python, a python3 that is too old, and the SSH daemon."""
+    program("/usr/bin/yum", YUM_PROGRAM)
+    daemon = pathlib.Path("/usr/sbin/sshd")
+    daemon.rename("/usr/sbin/sshd.of-debian")
+    program(str(daemon), SSHD)
+    pathlib.Path("/etc/ssh/sshd_config").write_text(SSHD_CONFIG)
+    shutil.rmtree("/etc/ssh/sshd_config.d")
+    # last: this program runs on it
+    real = pathlib.Path("/usr/bin/python3").resolve()
+    pathlib.Path(PYTHON_OF_YUM).parent.mkdir(parents=True, exist_ok=True)
+    real.rename(PYTHON_OF_YUM)
+    for path in pathlib.Path("/usr/bin").glob("python3*"):
+        path.unlink()
+    program("/usr/bin/python3", PYTHON_3_7)
 
 
 def main() -> None:

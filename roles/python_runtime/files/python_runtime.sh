@@ -95,8 +95,10 @@ digest_of() { # file
   printf '%s' "${1%% *}"
 }
 
-room() { # how much is left, behind a message: a full disk is the usual reason
-  df -Pk "$root" 2>/dev/null | awk 'NR == 2 { printf " (%d MB free on %s)", $4 / 1024, $6 }'
+room() { # how much is left, behind a message about a file that cannot be written
+  case $log in
+    *[Ss]pace* | *[Ww]rit* | *quota*) df -Pk "$root" 2>/dev/null | awk 'NR == 2 { printf " (%d MB free on %s)", $4 / 1024, $6 }' ;;
+  esac
 }
 
 get() { # archive, address: leaves the verified file
@@ -128,13 +130,13 @@ get() { # archive, address: leaves the verified file
 }
 
 unpack() { # archive: into $root/$wanted, which appears whole or not at all
-  work=$(mktemp -d "$root/.unpack.XXXXXX") || { log="no folder below $root$(room)"; return 1; }
+  work=$(mktemp -d "$root/.unpack.XXXXXX") || { log="no folder can be made below $root"; return 1; }
   log=$(tar -xzf "$1" -C "$work" --no-same-owner 2>&1) || { log="$1 could not be unpacked: $log$(room)"; return 1; }
   python=$work/python/bin/python3
   log=$("$python" -c 'import ctypes, hashlib, json, ssl, zlib' 2>&1) || { log="the Python of $1 does not run here: $log"; return 1; }
   # Compiled now and by root: operators, who cannot write there, would compile it in each start of a program.
   "$python" -m compileall -q -x '/(test|idlelib|lib2to3|site-packages)/' "$work/python/lib" >/dev/null 2>&1 || :
-  printf '%s\n' "$digest" >"$work/python/.nemo-digest" && sync || { log="$work cannot be written$(room)"; return 1; }
+  printf '%s\n' "$digest" >"$work/python/.nemo-digest" && sync || { log="$work cannot be written"; log="$log$(room)"; return 1; }
   if [ -e "$root/$wanted" ]; then # of another digest, or damaged
     mv -T "$root/$wanted" "$work/replaced" || { log="$root/$wanted cannot be replaced"; return 1; }
   fi
@@ -203,7 +205,7 @@ case $interpreter in
         version=''
         answer absent
         ;;
-      *) answer failed ;;
+      *) answer relocatable ;;
     esac
     probe
     case $? in
