@@ -17,7 +17,14 @@ from ansible.plugins.action import ActionBase
 
 from ansible_collections.nemo.platform.plugins.module_utils import aws_advice, preflight
 
-PLATFORM_VARIABLES = (*preflight.REQUIRED_VARIABLES, "nemo_required_groups", "nemo_shared_names", "nemo_aws_connection")
+PLATFORM_VARIABLES = (
+    *preflight.REQUIRED_VARIABLES,
+    "nemo_required_groups",
+    "nemo_shared_names",
+    "nemo_aws_connection",
+    "nemo_bastion_system",
+    "nemo_eks_version",
+)
 _UNDEFINED = re.compile(r"'(\w+)' is undefined")
 
 
@@ -169,16 +176,17 @@ class ActionModule(ActionBase):
         if not hosts:
             region, project = read_source(sources[0]) if sources else ("", {})
             account = ask_aws(variables.get("nemo_aws_connection") or {}, region, project)
-        found = preflight.problems(
-            preflight.Inventory(
-                hosts=hosts,
-                groups=groups,
-                variables=variables,
-                services=services,
-                missing_secrets=missing,
-                account=account,
-            )
+        inventory = preflight.Inventory(
+            hosts=hosts,
+            groups=groups,
+            variables=variables,
+            services=services,
+            missing_secrets=missing,
+            account=account,
         )
+        found = preflight.problems(inventory)
+        for warning in preflight.warnings(inventory):
+            self._display.warning(str(warning))
         result["changed"] = False
         if found:
             result["failed"] = True

@@ -1,6 +1,6 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What is wrong with an inventory, before any connection. Pure functions: data in, a list of problems out."""
+"""What is wrong with an inventory, before any connection. Pure functions: data in, lists of findings out."""
 
 from __future__ import annotations
 
@@ -29,6 +29,19 @@ REMOVED_VARIABLES = {
     "ansible_ssh_private_key": "nemo_ssh_private_key_file",
     "ansible_ssh_port": "nothing: the platform's SSH is on port 22",
 }
+# Values of nemo_bastion_system.
+SYSTEMS = ("amazon-linux-2", "amazon-linux-2023", "debian", "ubuntu")
+# What still works and is past its date, by variable and value: what to know, and what to do.
+PAST_SUPPORT = {
+    ("nemo_bastion_system", "amazon-linux-2"): (
+        "Amazon Linux 2 is past its end of support (30 June 2026)",
+        "replace the Bastion's instance by one with Amazon Linux 2023 and set nemo_bastion_system: amazon-linux-2023",
+    ),
+    ("nemo_eks_version", "1.33"): (
+        "Kubernetes 1.33 on EKS is past its standard support (29 July 2026; extended, at a price, until July 2027)",
+        "upgrade the cluster to 1.34 and set nemo_eks_version to it",
+    ),
+}
 LAB_HINT = "to only look around without AWS: make lab shows everything on this machine"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -38,6 +51,9 @@ class Problem(NamedTuple):
 
     what: str
     do: str
+
+    def __str__(self) -> str:
+        return f"{self.what} -> {self.do}"
 
 
 @dataclass(frozen=True)
@@ -292,6 +308,14 @@ def _variables(inventory: Inventory) -> list[Problem]:
         value = inventory.variables.get(name)
         if value and not _is_list(value):
             found.append(Problem(f"{name} is {value!r}", "allowed: a list of names"))
+    system = inventory.variables.get("nemo_bastion_system")
+    if system is not None and system not in SYSTEMS:
+        found.append(Problem(f"nemo_bastion_system is {system!r}", f"allowed: {', '.join(SYSTEMS)}"))
+    release = inventory.variables.get("nemo_eks_version")
+    if release is not None and not re.fullmatch(r"1\.[0-9]{1,3}", str(release)):
+        found.append(
+            Problem(f"nemo_eks_version is {release!r}", 'allowed: the cluster\'s minor version, such as "1.33"')
+        )
     for service, secret, variable in inventory.missing_secrets:
         what = f"the secret {secret} of {service} has no value"
         name = variable or f"nemo_services['{service}'].secrets.{secret}"
@@ -346,11 +370,19 @@ def problems(inventory: Inventory) -> list[Problem]:
     return found
 
 
+def warnings(inventory: Inventory) -> list[Problem]:
+    """What is no problem today, one line each."""
+    return [
+        Problem(f"{name} is {value}: {what}", do)
+        for (name, value), (what, do) in PAST_SUPPORT.items()
+        if str(inventory.variables.get(name)) == value
+    ]
+
+
 def report(found: Sequence[Problem], sources: Sequence[str] = ()) -> str:
     """The list, for people."""
     where = f" {', '.join(sources)}" if sources else ""
     count = "one problem" if len(found) == 1 else f"{len(found)} problems"
     lines = [f"{count} in the inventory{where}; nothing was connected to or changed:"]
-    for number, problem in enumerate(found, 1):
-        lines += [f"{number}. {problem.what}", f"   -> {problem.do}"]
+    lines += [f"{number}. {problem}" for number, problem in enumerate(found, 1)]
     return "\n".join(lines)

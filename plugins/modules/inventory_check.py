@@ -12,10 +12,12 @@ version_added: 0.1.0
 author: The nemo platform project (@nemo-platform)
 description:
   - Looks at the inventory and its variables, connects to no host, and fails with one numbered list of all problems, each
-    with what to do about it.
+    on one line with what to do about it.
   - It finds no credentials, an expired token, a wrong region, no running instance, an empty group, a service with no host,
     more hosts than a service may have, two services on one port, duplicate names, unknown values of the tags Role and
-    Services, missing variables and secrets, and removed variables that are still set.
+    Services, missing variables and secrets, removed variables that are still set, and unknown values of
+    C(nemo_bastion_system) and C(nemo_eks_version).
+  - What is past its end of support and still works is a warning of one line that names the variable to move on by.
   - Only when the inventory is empty are STS and EC2 asked, once each, to tell why.
 options: {}
 attributes:
@@ -29,8 +31,8 @@ attributes:
     description: Runs once per play, whatever its hosts.
     support: full
 notes:
-  - Reads C(nemo_region), C(nemo_account_id), C(nemo_services), C(nemo_required_groups), C(nemo_shared_names) and
-    C(nemo_aws_connection), and of each host C(nemo_role), C(nemo_host_services), C(nemo_name) and its addresses.
+  - Reads C(nemo_region), C(nemo_account_id), C(nemo_services), C(nemo_required_groups), C(nemo_shared_names),
+    C(nemo_aws_connection), C(nemo_bastion_system) and C(nemo_eks_version), and of each host C(nemo_role), C(nemo_host_services), C(nemo_name) and its addresses.
 """
 
 EXAMPLES = r"""
@@ -45,7 +47,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 msg:
-  description: All problems, numbered, each followed by a line with what to do.
+  description: All problems, numbered, one a line, each with what to do behind an arrow.
   returned: failure
   type: str
 """

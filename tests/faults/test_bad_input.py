@@ -69,7 +69,7 @@ def test_an_expired_token(site, image, on):
         ),
         pytest.param(
             {"port": 80010},
-            [r"^1\. nemo_services: ai-dev has port 80010$", r"^ +-> allowed: 1 to 65535$"],
+            [r"^1\. nemo_services: ai-dev has port 80010 -> allowed: 1 to 65535$"],
             id="a wrong port",
         ),
         pytest.param(

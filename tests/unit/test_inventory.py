@@ -287,6 +287,29 @@ class TestPreflight:
         assert done.stdout.count("went on") == 4
         assert not checkout.log.exists()
 
+    def test_past_its_date_is_a_warning(self, aws: Aws, checkout: Checkout) -> None:
+        aws.platform()
+        lab = checkout.folder / "inventories/lab/group_vars/all/zz_lab.yml"
+        before = lab.read_text()
+        lab.write_text(before + "\nnemo_bastion_system: amazon-linux-2\nnemo_eks_version: '1.33'\n")
+        done = self.run(checkout)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said = done.stdout + done.stderr
+        assert (
+            len(
+                re.findall(
+                    "^.*end of support .30 June 2026.*nemo_bastion_system: amazon-linux-2023$", said, re.MULTILINE
+                )
+            )
+            == 1
+        )
+        assert len(re.findall("^.*Kubernetes 1.33 .*29 July 2026.*nemo_eks_version", said, re.MULTILINE)) == 1
+        lab.write_text(before + "\nnemo_bastion_system: amazon-linux\nnemo_eks_version: '1.34'\n")
+        done = self.run(checkout)
+        assert done.returncode != 0
+        assert "1. nemo_bastion_system is 'amazon-linux' -> allowed: amazon-linux-2, " in done.stdout
+        assert "30 June" not in done.stdout + done.stderr
+
     def test_limit_does_not_skip_it_and_failure_stops_all(self, aws: Aws, checkout: Checkout) -> None:
         aws.platform()
         aws.instance("10.0.2.33", Project="nemo", Name="x", Role="ai", Services="ai-test")

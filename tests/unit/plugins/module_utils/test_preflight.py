@@ -16,6 +16,7 @@ from ansible_collections.nemo.platform.plugins.module_utils.preflight import (
     Inventory,
     problems,
     report,
+    warnings,
 )
 
 
@@ -172,8 +173,7 @@ def test_all_at_once_in_one_list() -> None:
         assert part in text
     lines = text.splitlines()
     assert "problems in the inventory inventories/aws; nothing was connected to" in lines[0]
-    assert all(line.startswith(f"{number}. ") for number, line in enumerate(lines[1::2], 1))
-    assert all(line.startswith("   -> ") for line in lines[2::2])
+    assert all(line.startswith(f"{number}. ") and " -> " in line for number, line in enumerate(lines[1:], 1))
 
 
 def test_every_removed_variable_says_what_took_its_place() -> None:
@@ -208,3 +208,46 @@ def test_wrong_type_is_one_problem(inventory: Inventory, what: str) -> None:
     found = problems(inventory)
     assert [problem.what for problem in found] == [what]
     assert "hush-hush" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what", "do"),
+    [
+        (
+            "nemo_bastion_system",
+            "amazon-linux-2",
+            "end of support (30 June 2026)",
+            "nemo_bastion_system: amazon-linux-2023",
+        ),
+        ("nemo_eks_version", "1.33", "standard support (29 July 2026", "nemo_eks_version"),
+        ("nemo_eks_version", 1.33, "standard support (29 July 2026", "nemo_eks_version"),
+    ],
+)
+def test_past_its_date_is_a_warning_of_one_line(name: str, value: Any, what: str, do: str) -> None:
+    assert problems(variables(**{name: value})) == []
+    (warning,) = warnings(variables(**{name: value}))
+    assert what in warning.what
+    assert do in warning.do
+    assert "\n" not in str(warning)
+    assert name in str(warning)
+
+
+@pytest.mark.parametrize("system", ["amazon-linux-2023", "debian", "ubuntu"])
+def test_supported_systems_and_clusters_are_passed_over(system: str) -> None:
+    inventory = variables(nemo_bastion_system=system, nemo_eks_version="1.34")
+    assert (problems(inventory), warnings(inventory)) == ([], [])
+    assert (problems(GOOD), warnings(GOOD)) == ([], [])
+
+
+@pytest.mark.parametrize("value", ["amazon-linux", "Debian", "", 2, True, ["debian"], {"a": 1}], ids=repr)
+def test_unknown_system(value: Any) -> None:
+    (found,) = problems(variables(nemo_bastion_system=value))
+    assert found.what == f"nemo_bastion_system is {value!r}"
+    assert found.do == "allowed: amazon-linux-2, amazon-linux-2023, debian, ubuntu"
+
+
+@pytest.mark.parametrize("value", ["1", "v1.33", "1.33.4", "latest", "", True, ["1.33"]], ids=repr)
+def test_unknown_cluster_version(value: Any) -> None:
+    (found,) = problems(variables(nemo_eks_version=value))
+    assert found.what == f"nemo_eks_version is {value!r}"
+    assert "1.33" in found.do
