@@ -37,6 +37,8 @@ groups:   {groups}"""
 COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright cyan", "bright green", "bright purple")
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 UNIT = re.compile(r"[A-Za-z0-9@:._\\-]{1,255}")
+# Who restarts one of these by a mistake may not get in again, or ends everybody's session.
+REFUSED_UNITS = ("ssh", "sshd", "dbus", "systemd-logind", "systemd-networkd", "NetworkManager", "network", "networking")
 # What every inventory has and nobody means.
 NO_GROUPS = ("ungrouped", "aws_ec2", "access_targets")
 # Which variables belong to which operation.
@@ -73,6 +75,14 @@ class Inventory(NamedTuple):
     @property
     def service_names(self) -> str:
         return ", ".join(sorted(self.services)) or "none"
+
+
+def refused_unit(name: str) -> str:
+    """Why a unit may not be restarted, or nothing."""
+    plain = re.sub(r"\.(service|socket|target)$", "", name).partition("@")[0]
+    if plain in REFUSED_UNITS:
+        return f"unit is {name!r}, which logins depend on; allowed: any unit but {', '.join(REFUSED_UNITS)}"
+    return ""
 
 
 def usage(inventory: Inventory) -> str:
@@ -201,6 +211,8 @@ def targets(what: str, given: Mapping[str, str], inventory: Inventory) -> list[T
             hosts = ", ".join(target.host for target in found)
             raise AccessError(f"no host of group {given['group']!r} runs {service}; it runs on {hosts}")
         return kept
+    if what == "restart" and refused_unit(unit):
+        raise AccessError(refused_unit(unit))
     if what == "restart" and not given.get("group"):
         raise AccessError(f"group is missing; allowed: {inventory.group_names}, or a host's name")
     hosts = _of_group(given["group"], inventory) if given.get("group") else everywhere
@@ -269,6 +281,10 @@ def log_blocks(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[Block], l
         for problem in filter(None, problems):
             blocks.append(Block([f"{host}: {service_logs.clean(problem)}"], "red"))
             failed.append(host)
+    absent = [host for host in hosts if results[host].get("absent")]
+    if absent:
+        blocks.append(Block([f"no such unit on {', '.join(absent)}"], "yellow"))
+        failed += absent if absent == hosts else []
     if not merged and not failed:
         blocks.append(Block(["no line in that time"], "normal"))
     return blocks, sorted(set(failed))

@@ -45,10 +45,14 @@ options:
     description: Seconds after which following ends by itself.
     type: int
     default: 600
-  interval:
-    description: Seconds between two turns.
+  wait:
+    description: Seconds to wait on the host for a first line; with O(follow), how long a turn without one takes.
     type: float
-    default: 1
+    default: 0
+  interval:
+    description: Seconds between two looks at the logs while waiting.
+    type: float
+    default: 0.5
   cursors:
     description: Where to go on, as RV(cursors) of the turn before.
     type: dict
@@ -93,6 +97,10 @@ problems:
   returned: success
   type: list
   elements: str
+absent:
+  description: Whether this host does not have O(unit).
+  returned: success
+  type: bool
 cursors:
   description: Where to go on, for O(cursors).
   returned: success, without O(follow)
@@ -120,7 +128,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "grep": {"type": "str", "default": ""},
     "follow": {"type": "bool", "default": False},
     "follow_for": {"type": "int", "default": 600},
-    "interval": {"type": "float", "default": 1.0},
+    "wait": {"type": "float", "default": 0.0},
+    "interval": {"type": "float", "default": 0.5},
     "cursors": {"type": "dict", "default": {}},
 }
 Output = Callable[[list[str]], Iterator[str]]
@@ -135,15 +144,16 @@ def output(argv: list[str]) -> Iterator[str]:
     environment = {**os.environ, "LC_ALL": "C.UTF-8", "TZ": "UTC"}
     last = collections.deque(maxlen=3)  # type: collections.deque[str]
     try:
+        # As bytes: a line of text would end at a carriage return, too.
         process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
-            encoding="utf-8", errors="replace", newline="\n",
-        )  # fmt: skip
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        )
     except OSError as error:
         raise LogError(f"{argv[0]}: {(error.strerror or str(error)).lower()}") from error
     assert process.stdout is not None
     with process:
-        for line in process.stdout:
+        for raw in process.stdout:
+            line = raw.decode("utf-8", "replace")
             last.append(line)
             yield line
     if process.returncode:
@@ -183,8 +193,7 @@ def read_unit(
     after = str((cursor or {}).get("journal") or "")
     since = float((cursor or {}).get("since") or service_logs.parse_since(params["since"], now))
     argv += [f"--after-cursor={after}"] if after else [f"--since=@{since:.0f}"]
-    if not cursor and params["lines"] and not params["grep"]:
-        argv.append(f"--lines={params['lines']}")
+    # Without --lines: together with --since it means the first ones on some releases of systemd.
     lines = []
     for raw in run(argv):
         if raw.startswith("{"):
@@ -202,7 +211,7 @@ def read(params: dict[str, Any], now: float, run: Output = output) -> dict[str, 
     """All logs that are asked for."""
     lines: list[Line] = []
     cursors: dict[str, Any] = {}
-    problems = []
+    problems, absent = [], False
     for name in params["containers"]:
         try:
             found, cursors[name] = read_container(name, params, params["cursors"].get(name), now, run)
@@ -214,18 +223,31 @@ def read(params: dict[str, Any], now: float, run: Output = output) -> dict[str, 
     if params["unit"]:
         name = params["unit"]
         try:
-            if not params["cursors"] and not known_unit(name, run):
-                raise LogError("this host has no such unit")
-            found, cursors[name] = read_unit(name, params, params["cursors"].get(name), now, run)
-            lines += found
+            absent = not params["cursors"] and not known_unit(name, run)
+            if not absent:
+                found, cursors[name] = read_unit(name, params, params["cursors"].get(name), now, run)
+                lines += found
         except LogError as error:
             problems.append(f"{name}: {error}")
     ordered = sorted(lines, key=lambda line: line.moment)
     return {
         "lines": [[str(line.moment), line.source, line.text] for line in ordered],
         "problems": problems,
+        "absent": absent,
         "cursors": cursors,
     }
+
+
+def read_new(params: dict[str, Any], run: Output = output) -> dict[str, Any]:
+    """All logs, as soon as there is something in one of them, or after the time to wait."""
+    end = time.monotonic() + params["wait"]
+    while True:
+        result = read(params, time.time(), run)
+        if result["lines"] or time.monotonic() >= end:
+            return result
+        # What does not match was read, too.
+        params = {**params, "cursors": {**params["cursors"], **result["cursors"]}}
+        time.sleep(params["interval"])
 
 
 def main() -> None:
@@ -234,16 +256,15 @@ def main() -> None:
     params = module.params
     if bool(params["containers"]) == bool(params["unit"]):
         module.fail_json(msg="service_logs: allowed: either containers or unit")
-    now = time.time()
     try:
-        service_logs.parse_since(params["since"], now)
+        service_logs.parse_since(params["since"], time.time())
     except ValueError:
         module.fail_json(msg=f"service_logs: since is {params['since']!r}; allowed: {service_logs.SINCE}")
     try:
         re.compile(params["grep"])
     except re.error as error:
         module.fail_json(msg=f"service_logs: grep is {params['grep']!r}; allowed: a regular expression ({error})")
-    module.exit_json(changed=False, **read(params, now))
+    module.exit_json(changed=False, **read_new(params))
 
 
 if __name__ == "__main__":

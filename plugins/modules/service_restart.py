@@ -82,6 +82,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.nemo.platform.plugins.module_utils import container_release as release
 from ansible_collections.nemo.platform.plugins.module_utils import systemd_units
+from ansible_collections.nemo.platform.plugins.module_utils.access import refused_unit
 from ansible_collections.nemo.platform.plugins.module_utils.container_release import (
     Container,
     Docker,
@@ -90,22 +91,11 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     Store,
 )
 
-# Who restarts one of these by a mistake may not get in again, or ends everybody's session.
-REFUSED_UNITS = ("ssh", "sshd", "dbus", "systemd-logind", "systemd-networkd", "NetworkManager", "network", "networking")
 UNIT_SECONDS = 90
 ADVICE = {
     "absent": "release it first: playbooks/ai.yml",
     "interrupted": "finish or undo that release first: playbooks/ai.yml",
 }
-
-
-def refused_unit(name: str) -> str:
-    """Why a unit may not be restarted, or nothing."""
-    plain = name.rsplit(".", 1)[0] if name.endswith(systemd_units.UNIT_SUFFIXES) else name
-    plain = plain.partition("@")[0]
-    if plain in REFUSED_UNITS:
-        return f"unit is {name!r}, which logins depend on; allowed: any unit but {', '.join(REFUSED_UNITS)}"
-    return ""
 
 
 class Restarter:
