@@ -95,12 +95,16 @@ def download(requirements: str, folder: pathlib.Path, machine: str, python: str 
     lock = folder.with_name(f"{folder.name}.txt")
     lock.write_text(requirements)
     platforms = [f"--platform={kind}_{machine}" for kind in MANYLINUX]
-    run([
+    done = run([
         sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check",
         "--require-hashes", "--no-deps", "--only-binary=:all:", "--implementation=cp", f"--python-version={python}",
         *platforms, f"--dest={folder}", f"--requirement={lock}",
-    ], timeout=1200)  # fmt: skip
+    ], timeout=1200, check=False)  # fmt: skip
     lock.unlink()
+    if done.returncode:
+        names = ", ".join(re.findall(r"^([^\s;\\]+)", requirements, re.MULTILINE))
+        said = [line for line in done.stderr.decode(errors="replace").splitlines() if not line.startswith("WARNING")]
+        raise LabError(f"pip could not download {names}:\n  " + "\n  ".join(said[-10:]))
     return sorted(folder.glob("*.whl"))
 
 

@@ -87,8 +87,9 @@ def test_a_folder_that_could_not_be_made_is_not_there(tmp_path: pathlib.Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_an_archive_depends_on_its_contents_alone(tmp_path: pathlib.Path) -> None:
-    for name in ("one", "two"):
+def test_an_archive_depends_on_its_contents_alone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, now in (("one", 1e9), ("two", 2e9)):
+        monkeypatch.setattr("time.time", lambda now=now: now)
         with store.tgz(tmp_path / name / f"{name}.tar.gz") as archive:
             store.add(archive, "x/y", io.BytesIO(b"data"), 4, 0o755)
     first, second = ((tmp_path / name / f"{name}.tar.gz").read_bytes() for name in ("one", "two"))
@@ -96,6 +97,16 @@ def test_an_archive_depends_on_its_contents_alone(tmp_path: pathlib.Path) -> Non
     with tarfile.open(fileobj=io.BytesIO(first)) as opened:
         (info,) = opened.getmembers()
         assert (info.name, info.mode, info.uid) == ("x/y", 0o755, 0)
+
+
+def test_a_failed_download_names_what_was_asked_for(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pip(argv: list[str], **_: Any) -> Any:
+        assert "--require-hashes" in argv
+        return SimpleNamespace(returncode=1, stdout=b"", stderr=b"WARNING: old\nERROR: no route\n")
+
+    monkeypatch.setattr(store, "run", pip)
+    with pytest.raises(LabError, match=r"(?s)could not download one==1\.0, two==2.*ERROR: no route"):
+        store.download("one==1.0 --hash=sha256:aa\ntwo==2 --hash=sha256:bb\n", tmp_path / "wheels", "x86_64")
 
 
 # ---- the package index
