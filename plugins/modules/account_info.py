@@ -105,6 +105,7 @@ from ansible_collections.nemo.platform.plugins.module_utils.operators import fin
 
 KEY_FILES = [".ssh/authorized_keys", ".ssh/authorized_keys2"]
 NO_SHELL = ("nologin", "false", "sync", "shutdown", "halt")
+DAEMON = re.compile(r"/usr/(local/)?(sbin|bin|lib|libexec)/(openssh/|ssh/)?sshd(-session)?( \(deleted\))?$")
 _KEY = re.compile(r"(?:^|\s)([a-z][a-z0-9@.-]*) ([A-Za-z0-9+/]{16,}={0,2})(?:\s+(.*))?$")
 _ACCEPTED = re.compile(r"Accepted (\S+) for (\S+) from (\S+) port (\d+) ssh2(?:: \S+ (SHA256:\S+))?")
 _SESSION = re.compile(r"^sshd(?:-session)?: ([^\s@\[]+)@(\S+)")
@@ -204,7 +205,7 @@ def sessions(logins: dict[int, dict[str, Any]], proc: str = "/proc") -> dict[str
             with open(f"{path}/cmdline", "rb") as stream:
                 title = stream.read(256).replace(b"\0", b" ").decode("utf-8", "replace").strip()
             match = _SESSION.match(title)
-            if not match:
+            if not match or not DAEMON.match(os.readlink(f"{path}/exe")):  # anybody can call a process so
                 continue
             with open(f"{path}/stat", encoding="utf-8", errors="replace") as stream:
                 parent = int(stream.read().rpartition(")")[2].split()[1])
