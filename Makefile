@@ -14,7 +14,7 @@ ROLE :=
 PY := .venv/bin/python
 IN_LAB := scripts/lab-env
 
-.PHONY: lab test setup site lint unit molecule outcomes bench faults lab-down clean help docs lock
+.PHONY: lab test setup site lint unit molecule outcomes bench faults lab-down clean help docs lock pins
 
 lab: ## All set-up, the lab, and site.yml on it; ends with a table of what runs
 	@scripts/lab $(ARGS)
@@ -58,6 +58,9 @@ docs: setup ## The input tables in the roles' READMEs, from their argument specs
 
 lock: setup ## Compile requirements/*.in into locks with hashes (ARGS=--upgrade for the newest)
 	@scripts/lock $(ARGS)
+
+pins: setup ## Newer releases of what the Bastion downloads, with their digests (ARGS=--check writes nothing)
+	@$(PY) scripts/pins $(ARGS)
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
