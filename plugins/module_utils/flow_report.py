@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +92,7 @@ def judge(
     the host itself. unknown names endpoints whose address could not be found out.
     """
     rows = [Row(flow, results.get(flow["id"], {})) for flow in flows]
+    _compare_names(rows)
     # What an allowed flow found to listen: only there does a closed door prove anything.
     listening = {row.place for row in rows if row.flow["expect"] == "open" and row.outcome in ANSWERED}
     for row in rows:
@@ -102,6 +103,20 @@ def judge(
             Finding(f"{name}: its address is not known, so it was not tried: {reason}", "see nemo_endpoints")
         )
     return Report(rows, findings, notes)
+
+
+def _compare_names(rows: Sequence[Row]) -> None:
+    """A private name leads to the same place everywhere; who is sent elsewhere than most has a wrong answer."""
+    named = [row for row in rows if row.flow["probe"].get("within") and row.outcome != "dns_wrong"]
+    for group in _by((row for row in named if row.result.get("addresses")), lambda row: row.flow["probe"]["host"]):
+        answers = {row.flow["source"]: tuple(sorted(row.result["addresses"])) for row in group}
+        usual, _count = Counter(answers.values()).most_common(1)[0]
+        for row in group:
+            here = answers[row.flow["source"]]
+            if not set(here) & set(usual):
+                name = row.flow["probe"]["host"]
+                detail = f"{name} is {', '.join(here)} here, and {', '.join(usual)} elsewhere"
+                row.result = {**row.result, "outcome": "dns_wrong", "detail": detail}
 
 
 def _verdict(row: Row, listening: bool, missing: Mapping[str, str], answer: str) -> tuple[str, str]:

@@ -115,6 +115,24 @@ def test_wrong_names() -> None:
     assert report.findings[0].what == "DNS everywhere: it is 192.0.2.1"
 
 
+def test_a_private_name_leads_to_the_same_place_everywhere() -> None:
+    def named(source: str, *addresses: str, within: bool = True, expect: str = "open", **more: Any) -> Any:
+        one = flow(source, "db", 3306, expect=expect, **more)
+        one["probe"]["within"] = ["10.0.0.0/16"] if within else []
+        return one, {**seen("open" if expect == "open" else "timeout"), "addresses": list(addresses)}
+
+    right = [named("a", "10.0.3.50"), named("b", "10.0.3.50", expect="closed")]
+    report = judged(*right, named("c", "10.0.3.51", expect="closed"))
+    (finding,) = report.findings
+    assert finding.what == "DNS on c: db.example is 10.0.3.51 here, and 10.0.3.50 elsewhere"
+    assert finding.flows == ["c > db:3306 db"]
+    # several addresses in any order, of which each host is given some
+    assert judged(*right, named("c", "10.0.3.51", "10.0.3.50")).findings == []
+    # Amazon's public names lead everybody elsewhere
+    public = [named(source, f"10.0.3.{number}", within=False) for number, source in enumerate("abc")]
+    assert judged(*public).findings == []
+
+
 def test_a_host_without_login() -> None:
     flows: Any = (flow("a", "db"), {}), (flow("bastion", "a", 22, "ssh"), seen("open"))
     report = judged(*flows, missing={"a": "no key"})
