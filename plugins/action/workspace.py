@@ -42,7 +42,11 @@ class ActionModule(ActionBase):
             workspace_source.pack(source, path)
             if not self._connection._shell.tmpdir:
                 self._make_tmp_path()
-            return str(self._transfer_file(path, self._connection._shell.join_path(self._connection._shell.tmpdir, "workspace.tar")))
+            return str(
+                self._transfer_file(
+                    path, self._connection._shell.join_path(self._connection._shell.tmpdir, "workspace.tar")
+                )
+            )
         except SourceError as error:
             raise AnsibleActionFail(str(error)) from error
         finally:

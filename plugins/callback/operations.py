@@ -68,7 +68,18 @@ EXAMPLES = r"""
 
 LOCKED_OUT = 75  # EX_TEMPFAIL: the same command works later
 NO_SERVICE = 69  # EX_UNAVAILABLE
-LOOKING_MODULES = {"assert", "debug", "find", "getent", "package_facts", "ping", "service_facts", "setup", "slurp", "stat"}
+LOOKING_MODULES = {
+    "assert",
+    "debug",
+    "find",
+    "getent",
+    "package_facts",
+    "ping",
+    "service_facts",
+    "setup",
+    "slurp",
+    "stat",
+}
 NEVER_LOCKED = {"localhost", "127.0.0.1", "::1"}
 BREAK = "/usr/local/bin/nemo-locks"  # sudo's PATH may lack /usr/local/bin
 

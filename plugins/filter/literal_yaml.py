@@ -73,7 +73,9 @@ def _plain(value: Any, where: str) -> Any:
         return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{where}[{number}]") for number, item in enumerate(value)]
-    raise AnsibleFilterError(f"literal_yaml: {where.lstrip('.')} is of type {type(value).__name__}, which no vars file can hold")
+    raise AnsibleFilterError(
+        f"literal_yaml: {where.lstrip('.')} is of type {type(value).__name__}, which no vars file can hold"
+    )
 
 
 def literal_yaml(variables: Mapping[str, Any]) -> str:

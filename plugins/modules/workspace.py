@@ -223,7 +223,7 @@ class Workspace:
 
     def linked_environment(self, release: str) -> str:
         try:
-            return os.path.normpath(os.path.join(release, os.readlink(os.path.join(release, "environment"))))
+            return os.path.join(self.environments, os.path.basename(os.readlink(os.path.join(release, "environment"))))
         except OSError:
             return ""
 
@@ -254,11 +254,15 @@ class Workspace:
         """What can be said before anything is changed."""
         parameters = self.module.params
         if not REVISION.fullmatch(self.revision):
-            raise WorkspaceError(f"revision {self.revision!r} is none: allowed are letters, digits, dot, dash, underscore")
+            raise WorkspaceError(
+                f"revision {self.revision!r} is none: allowed are letters, digits, dot, dash, underscore"
+            )
         if parameters["keep"] < 1:
             raise WorkspaceError(f"keep is {parameters['keep']}; allowed is 1 or more")
         if self.group_id() is None and not self.module.check_mode:
-            raise WorkspaceError(f"group {parameters['group']} does not exist on this host: the role operators makes it")
+            raise WorkspaceError(
+                f"group {parameters['group']} does not exist on this host: the role operators makes it"
+            )
         for path, sentence in parameters["required_files"].items():
             if not os.path.exists(path):
                 raise WorkspaceError(str(sentence))
@@ -307,7 +311,9 @@ class Workspace:
     def need_space(self, mebibytes: int, what: str) -> None:
         free = shutil.disk_usage(self.path).free // MEBIBYTE
         if free < mebibytes:
-            raise WorkspaceError(f"{what} needs {mebibytes} MiB below {self.path}, and {free} MiB are free; nothing was changed")
+            raise WorkspaceError(
+                f"{what} needs {mebibytes} MiB below {self.path}, and {free} MiB are free; nothing was changed"
+            )
 
     def unpack(self) -> None:
         """The release beside its place, then in its place by one rename."""
@@ -363,9 +369,20 @@ class Workspace:
             address = urllib.parse.urlsplit(index)
             if address.scheme == "http":
                 options.append(f"--trusted-host={address.netloc.rpartition('@')[2]}")
-        self.run(own, "-I", "-m", "pip", "install", *options, f"--requirement={os.path.join(self.release, REQUIREMENTS)}")
+        self.run(
+            own, "-I", "-m", "pip", "install", *options, f"--requirement={os.path.join(self.release, REQUIREMENTS)}"
+        )
         # Operators cannot write here, so each of their runs would compile anew. Ansible compiles collections by itself, always.
-        self.run(own, "-I", "-m", "compileall", "-q", "-x", "/(ansible_collections|tests|pip)/", os.path.join(environment, "lib"))
+        self.run(
+            own,
+            "-I",
+            "-m",
+            "compileall",
+            "-q",
+            "-x",
+            "/(ansible_collections|tests|pip)/",
+            os.path.join(environment, "lib"),
+        )
         os.sync()
         write_atomically(os.path.join(environment, COMPLETE), json.dumps({"python": python}) + "\n")
 
@@ -377,7 +394,9 @@ class Workspace:
             names = [name for name in os.listdir(self.releases) if read_json(os.path.join(self.releases, name, RECORD))]
         except OSError:
             return []
-        times = {name: os.stat(os.path.join(self.releases, name)).st_mtime_ns for name in names if not name.endswith(".new")}
+        times = {
+            name: os.stat(os.path.join(self.releases, name)).st_mtime_ns for name in names if not name.endswith(".new")
+        }
         return sorted(times, key=lambda name: times[name], reverse=True)
 
     def in_use(self, name: str) -> bool:
@@ -413,7 +432,9 @@ class Workspace:
     def state(self) -> str:
         environment = self.linked_environment(self.release) if self.is_there() else ""
         complete = bool(environment) and self.is_complete(environment)
-        ready = self.current_revision() == self.revision and complete and environment == self.environment_of(self.release)
+        ready = (
+            self.current_revision() == self.revision and complete and environment == self.environment_of(self.release)
+        )
         return "ready" if ready and not self.shape_problems() else "archive" if not self.is_there() else "work"
 
     def result(self, **more: Any) -> dict[str, Any]:
@@ -422,11 +443,11 @@ class Workspace:
     def converge(self) -> dict[str, Any]:
         self.check()
         state, before = self.state(), self.current_revision()
-        environment = self.linked_environment(self.release)
         if state == "ready":
-            return self.result(changed=False, environment=environment)
+            return self.result(changed=False, environment=self.linked_environment(self.release))
+        used = os.path.basename(self.linked_environment(self.current)) if before else ""
         description = {
-            "before": f"revision: {before or 'none'}\nenvironment: {os.path.basename(environment) or 'none'}\n",
+            "before": f"revision: {before or 'none'}\nenvironment: {used or 'none'}\n",
             "after": f"revision: {self.revision}\nenvironment: to be made\n",
         }
         changes: dict[str, Any] = {"changed": True, "diff": {"header": self.path, **description}}
@@ -441,7 +462,9 @@ class Workspace:
             if not self.is_complete(environment):
                 self.make_environment(environment)
             if self.linked_environment(self.release) != environment:
-                link_atomically(os.path.join(self.release, "environment"), f"../../environments/{os.path.basename(environment)}")
+                link_atomically(
+                    os.path.join(self.release, "environment"), f"../../environments/{os.path.basename(environment)}"
+                )
             if self.current_revision() != self.revision:
                 os.utime(self.release)
                 link_atomically(self.current, f"releases/{self.revision}")

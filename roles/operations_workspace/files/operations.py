@@ -42,7 +42,9 @@ MOST_HOSTS = 20000
 LONGEST_TEXT = 4000
 NO_LOGIN = 0xFFFFFFFF  # what /proc/PID/loginuid says of a process that no login has begun
 CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
-SECRET = re.compile(r"(?i)([\w-]*(?:pass(?:word|wd|phrase)?|secret|token|api_?key|access_?key)[\w-]*\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|\S+)")
+SECRET = re.compile(
+    r"(?i)([\w-]*(?:pass(?:word|wd|phrase)?|secret|token|api_?key|access_?key)[\w-]*\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|\S+)"
+)
 MASK = "********"
 
 
@@ -247,7 +249,16 @@ class Run:
             while not self.try_lock(host):
                 holder = holder_of(host)
                 if time.monotonic() >= deadline:
-                    append({"event": "refused", "id": self.id, "time": now(), "user": self.who["user"], "host": host, "holder": holder.get("id", "")})
+                    append(
+                        {
+                            "event": "refused",
+                            "id": self.id,
+                            "time": now(),
+                            "user": self.who["user"],
+                            "host": host,
+                            "holder": holder.get("id", ""),
+                        }
+                    )
                     self.say({"ok": False, "host": host, "holder": holder, "waited": int(wait)})
                     return
                 if told != f"{host} {holder.get('id')}":
@@ -302,7 +313,16 @@ class Run:
             if self.start:
                 ended = self.result or {"result": "interrupted", "hosts": {}}
                 seconds = round(time.monotonic() - self.begun, 1)
-                append({"event": "end", "id": self.id, "time": now(), "user": self.who["user"], "seconds": seconds, **ended})
+                append(
+                    {
+                        "event": "end",
+                        "id": self.id,
+                        "time": now(),
+                        "user": self.who["user"],
+                        "seconds": seconds,
+                        **ended,
+                    }
+                )
             self.release()
 
 
@@ -356,17 +376,20 @@ def holders() -> list[dict[str, Any]]:
     return [holder for host in hosts if (holder := holder_of(host))]
 
 
-def is_stopped(process: dict[str, Any]) -> bool:
-    try:
-        return (PROC / str(process["pid"]) / "stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    except OSError:
-        return False
+def condition(process: dict[str, Any]) -> str:
+    """What is to be known of a run's process beside its number."""
+    if not is_alive(process):
+        return " (killed, its last tasks go on)"
+    with contextlib.suppress(OSError):
+        if (PROC / str(process["pid"]) / "stat").read_text().rpartition(")")[2].split()[0] in "Tt":
+            return " (stopped)"
+    return ""
 
 
 def break_lock(host: str) -> int:
     """End the run that holds a host; its locks go with it."""
     if os.geteuid() != 0:
-        print("nemo-locks: only root ends another's run: sudo nemo-locks break HOST", file=sys.stderr)
+        print("nemo-locks: only root ends another's run: sudo /usr/local/bin/nemo-locks break HOST", file=sys.stderr)
         return 1
     holder = holder_of(host)
     if not holder:
@@ -404,10 +427,10 @@ def show_locks(as_json: bool) -> int:
         return 0
     rows = [["HOST", "USER", "SINCE", "PROCESS", "COMMAND"]]
     for holder in found:
-        state = " (stopped)" if is_stopped(holder["process"]) else ""
-        rows.append([holder["host"], holder["user"], holder["since"], f"{holder['process']['pid']}{state}", holder["command"]])
+        process = f"{holder['process']['pid']}{condition(holder['process'])}"
+        rows.append([holder["host"], holder["user"], holder["since"], process, holder["command"]])
     table(rows)
-    print("\nA run that hangs is ended, and its hosts are freed, by: sudo nemo-locks break HOST")
+    print("\nA run that hangs is ended, and its hosts are freed, by: sudo /usr/local/bin/nemo-locks break HOST")
     return 0
 
 
@@ -437,7 +460,12 @@ def runs() -> list[dict[str, Any]]:
         if record.get("event") == "start":
             found[name] = {**record, "result": "", "results": {}}
         elif name in found and record.get("event") == "end":
-            found[name] |= {"result": record["result"], "results": record["hosts"], "ended": record["time"], "seconds": record["seconds"]}
+            found[name] |= {
+                "result": record["result"],
+                "results": record["hosts"],
+                "ended": record["time"],
+                "seconds": record["seconds"],
+            }
         elif name in found and record.get("event") == "refused":
             found[name] |= {"refused_by": record.get("holder")}
         elif name in found and record.get("event") == "broken":
@@ -488,7 +516,9 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"nemo-{'locks' if words[:1] == ['locks'] else 'operations'}")
     commands = parser.add_subparsers(dest="what", required=True)
     commands.add_parser("serve")
-    log = commands.add_parser("log", prog="nemo-operations", description="Who ran what, when, on which hosts, with what result.")
+    log = commands.add_parser(
+        "log", prog="nemo-operations", description="Who ran what, when, on which hosts, with what result."
+    )
     log.add_argument("--json", action="store_true", help="everything that is known")
     log.add_argument("--user", help="runs of this operator")
     log.add_argument("--host", help="runs on this host")

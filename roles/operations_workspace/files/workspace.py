@@ -74,7 +74,10 @@ def use(revision: str) -> None:
             draft.unlink(missing_ok=True)
             draft.symlink_to(f"releases/{revision}")
             draft.rename(WORKSPACE / "current")
-    print(f"{revision} is current" + (f", {before} was; the next run of the role brings the controller's" if before != revision else ""))
+    print(
+        f"{revision} is current"
+        + (f", {before} was; the next run of the role brings the controller's" if before != revision else "")
+    )
 
 
 def main(words: list[str]) -> int:
