@@ -133,7 +133,8 @@ class ActionModule(ActionBase):
         flows = flow_table.flows(table, flow_table.Sources(sources, outside, arguments["only"]))
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         notes = ["this run stands on the Bastion, so nothing was tried from outside"] if on_bastion else []
-        result.update(changed=False, flows=flows, unknown=unknown, notes=notes, started=now)
+        way_in = "" if on_bastion else arguments["bastion"]
+        result.update(changed=False, flows=flows, unknown=unknown, notes=notes, way_in=way_in, started=now)
         return result
 
     @staticmethod

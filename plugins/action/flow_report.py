@@ -66,7 +66,13 @@ class ActionModule(ActionBase):
         plan = arguments["plan"]
         results, missing = self._collect(arguments)
         report = flow_report.judge(
-            plan["flows"], results, missing, arguments["closed_by"], arguments["optional"], plan["unknown"]
+            plan["flows"],
+            results,
+            missing,
+            arguments["closed_by"],
+            arguments["optional"],
+            plan["unknown"],
+            plan["way_in"],
         )
         for status, line in flow_report.lines(report):
             self._display.display(line, color=COLOURS.get(status))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ansible_collections.nemo.platform.plugins.module_utils.flow_probe import ANSWERED, OPEN
+from ansible_collections.nemo.platform.plugins.module_utils.flow_table import OUTSIDE
 
 OK, FAILED, UNPROVEN, SKIPPED = "ok", "FAIL", "unproven", "skipped"
 DROP, REJECT = "drop", "reject"
@@ -84,12 +85,14 @@ def judge(
     answer: str = DROP,
     optional: Sequence[str] = (),
     unknown: Mapping[str, str] | None = None,
+    way_in: str = "",
 ) -> Report:
     """The verdict on each flow, and the findings.
 
     results is by the flow's id. missing names sources from which nothing was tried, with the reason; those that are
     optional are a note. answer tells how a security group turns somebody away: AWS drops, so that a refusal comes from
-    the host itself. unknown names endpoints whose address could not be found out.
+    the host itself. unknown names endpoints whose address could not be found out. way_in is the host through which all others
+    are reached, if there is one.
     """
     rows = [Row(flow, results.get(flow["id"], {})) for flow in flows]
     _compare_names(rows)
@@ -97,7 +100,7 @@ def judge(
     listening = {row.place for row in rows if row.flow["expect"] == "open" and row.outcome in ANSWERED}
     for row in rows:
         row.status, row.reason = _verdict(row, row.place in listening, missing, answer)
-    findings, notes = _findings(rows, missing, optional, answer)
+    findings, notes = _findings(rows, missing, optional, answer, way_in)
     for name, reason in (unknown or {}).items():
         findings.append(
             Finding(f"{name}: its address is not known, so it was not tried: {reason}", "see nemo_endpoints")
@@ -141,7 +144,7 @@ def _join(names: Iterable[str]) -> str:
 
 
 def _findings(
-    rows: Sequence[Row], missing: Mapping[str, str], optional: Sequence[str], answer: str
+    rows: Sequence[Row], missing: Mapping[str, str], optional: Sequence[str], answer: str, way_in: str
 ) -> tuple[list[Finding], list[str]]:
     failed = [row for row in rows if row.status == FAILED]
     findings = _names(rows, [row for row in failed if row.outcome in ("dns_failed", "dns_wrong")])
@@ -152,10 +155,15 @@ def _findings(
         rows, [row for row in failed if row.flow["expect"] == "open" and not row.outcome.startswith("dns_")], answer
     )
     notes = []
+    # Nobody is reached past a way in that is closed, and nothing is tried from outside while nobody answers.
+    behind = [source for source in missing if way_in in missing and source != way_in]
+    behind += [OUTSIDE] if OUTSIDE in missing and len(missing) > 1 and not behind else []
     for source, reason in missing.items():
         # That nobody gets in by SSH is one finding, not two.
         known = next((found for found in findings if any(f"> {source}:22 " in flow for flow in found.flows)), None)
-        if known:
+        if source in behind:
+            notes.append(f"nothing was tried from {source}, for the same reason")
+        elif known:
             known.what += f"; nothing was tried from {source}"
         elif source in optional:
             notes.append(f"nothing was tried from {source}: {reason}")

@@ -127,6 +127,10 @@ notes:
   returned: success
   type: list
   elements: str
+way_in:
+  description: The host through which all others are reached; empty on the Bastion itself.
+  returned: success
+  type: str
 started:
   description: When, UTC.
   returned: success

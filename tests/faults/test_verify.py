@@ -29,7 +29,8 @@ GROUP = "inet nemo_lab_security_group"
 
 @contextlib.contextmanager
 def undone(on: On, host: str, plant: str, undo: str) -> Iterator[None]:
-    """Do the one on a host, and the other afterwards, whatever happens in between."""
+    """Do the one on a host, and the other afterwards, whatever happens in between; and before, for a run that was killed."""
+    on(host, undo)
     try:
         on(host, plant)
         yield
@@ -54,7 +55,10 @@ def opened(host: str, what: str) -> Plant:
     saved = "/run/nemo-planted.nft"
     keep = f"{{ echo 'table {GROUP}'; echo 'delete table {GROUP}'; nft list table {GROUP}; }} >{saved}"
     return lambda on: undone(
-        on, host, f"{keep}; nft insert rule {GROUP} inbound {what} accept", f"nft -f {saved}; rm {saved}"
+        on,
+        host,
+        f"{keep}; nft insert rule {GROUP} inbound {what} accept",
+        f"[ ! -e {saved} ] || {{ nft -f {saved}; rm {saved}; }}",
     )
 
 
@@ -62,7 +66,8 @@ def name(host: str, known: str, address: str) -> Plant:
     """A name that leads somewhere else. The file is a mount, and so written to and not replaced."""
     saved = "/run/nemo-planted.hosts"
     change = f"cp /etc/hosts {saved}; sed 's/^[0-9.]*[[:space:]]*{known}$/{address} {known}/' {saved} >/etc/hosts"
-    return lambda on: undone(on, host, f"{change}; ! cmp -s /etc/hosts {saved}", f"cat {saved} >/etc/hosts; rm {saved}")
+    undo = f"[ ! -e {saved} ] || {{ cat {saved} >/etc/hosts; rm {saved}; }}"
+    return lambda on: undone(on, host, f"{change}; ! cmp -s /etc/hosts {saved}", undo)
 
 
 def certificate(known: str, first: int, last: int) -> Plant:
@@ -96,9 +101,8 @@ def certificate(known: str, first: int, last: int) -> Plant:
             write += f"; echo {base64.b64encode(data).decode()} | base64 -d >{folder}/cluster.{suffix}"
         wait = "i=0; until ss -ltn | grep -q ':3306 ' || [ $i = 50 ]; do i=$((i+1)); sleep 0.1; done"
         restart = f"systemctl restart {unit}; {wait}"
-        return undone(
-            on, "aws", f"set -e; {write}; {restart}", f"cp -p {saved}/cluster.* {folder}; rm -r {saved}; {restart}"
-        )
+        undo = f"[ ! -e {saved} ] || {{ cp -p {saved}/cluster.* {folder}; rm -r {saved}; {restart}; }}"
+        return undone(on, "aws", f"set -e; {write}; {restart}", undo)
 
     return plant
 
@@ -115,7 +119,7 @@ def unhealthy(on: On) -> Iterator[None]:
     listens = "i=0; until ss -ltn | grep -q ':18000 ' || [ $i = 50 ]; do i=$((i+1)); sleep 0.1; done"
     start = f"systemd-run --quiet --collect --unit=nemo-planted python3 -c '{server}'; {listens}"
     redirect = rule("ai-prod", "prerouting", -110, "tcp dport 8000 redirect to :18000", "nat", "ip")
-    with undone(on, "ai-prod", start, "systemctl stop nemo-planted"), redirect(on):
+    with undone(on, "ai-prod", start, "systemctl stop nemo-planted || true"), redirect(on):
         yield
 
 

@@ -143,6 +143,20 @@ def test_a_host_without_login() -> None:
     assert report.notes == ["nothing was tried from a: no key"]
 
 
+def test_a_way_in_that_is_closed_is_one_finding() -> None:
+    flows: list[Any] = [(flow(source, "db"), {}) for source in ("bastion", "a", "outside")]
+    missing = {"a": "broke off", "bastion": "no key", "outside": "nobody answered"}
+    report = judged(*flows, missing=missing, way_in="bastion")
+    assert [finding.what for finding in report.findings] == ["nothing could be tried from bastion: no key"]
+    assert len(report.notes) == 2
+    # on the Bastion itself each host is reached, or not, for itself
+    report = judged(*flows[:2], missing={"a": "broke off", "bastion": "no key"})
+    assert len(report.findings) == 2
+    # with one host asked that did not answer, the outside is no finding of its own
+    report = judged(flows[1], flows[2], missing={"a": "broke off", "outside": "nobody answered"}, way_in="bastion")
+    assert [finding.what for finding in report.findings] == ["nothing could be tried from a: broke off"]
+
+
 def test_a_host_whose_ssh_is_down_is_one_finding() -> None:
     report = judged(
         (flow("a", "db"), {}), (flow("bastion", "a", 22, "ssh", protocol="ssh"), seen("refused")), missing={"a": "refused"}
