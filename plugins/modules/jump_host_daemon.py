@@ -576,21 +576,23 @@ class Door:
 
     def _prove(self, whole: str, rules: Rules) -> list[str]:
         people, source = self._people(rules), self._source()
-        found = []
+        found: dict[tuple[str, str, str], list[str]] = {}
         for person in people:
             where = f"user={person.user},host={source},addr={source}"
             code, out, err = self._sshd("-T", "-f", whole, "-C", where)
             if code != 0:
                 raise DoorError(f"sshd refuses the configuration, nothing was replaced: {(err or out).strip()}")
             effective = Effective.parse(out)
-            for name, value, wanted in deviations(effective, person):
-                found.append(
-                    f"{name} would be '{value}' for the {person.label}, must be '{wanted}'{self._culprit(name)}"
-                )
+            for deviation in deviations(effective, person):
+                found.setdefault(deviation, []).append(person.label)
             if person.kind == "deploy user":
                 self._prove_key(effective, person.user)
         if found:
-            raise DoorError("nothing was replaced: " + "; ".join(found))
+            sentences = [
+                f"{name} would be '{value}' for the {', '.join(labels)}, must be '{wanted}'{self._culprit(name)}"
+                for (name, value, wanted), labels in found.items()
+            ]
+            raise DoorError("nothing was replaced: " + "; ".join(sentences))
         return [person.label for person in people]
 
     def _prove_key(self, effective: Effective, user: str) -> None:
