@@ -278,7 +278,7 @@ class Workspace:
         os.makedirs(self.path, exist_ok=True)
         if os.geteuid() == 0:
             os.chown(self.path, 0, self.group_id() or 0)
-        os.chmod(self.path, 0o750)
+        os.chmod(self.path, 0o750)  # noqa: S103 - for the group
         for folder in (self.releases, self.environments):
             os.makedirs(folder, exist_ok=True)
 

@@ -443,8 +443,7 @@ def records() -> Iterator[dict[str, Any]]:
     for path in [*rotated, LOG]:
         if not path.exists():
             continue
-        opened = gzip.open(path, "rt", errors="replace") if path.suffix == ".gz" else path.open(errors="replace")
-        with opened as lines:
+        with gzip.open(path, "rt", errors="replace") if path.suffix == ".gz" else path.open(errors="replace") as lines:
             for line in lines:
                 with contextlib.suppress(ValueError):
                     record = json.loads(line)

@@ -77,7 +77,7 @@ class Host:
 
     @property
     def current(self) -> str:
-        return os.path.basename(os.readlink(self.path / "current"))
+        return (self.path / "current").readlink().name
 
     def revisions(self) -> set[str]:
         return {path.name for path in (self.path / "releases").iterdir()}
@@ -217,7 +217,7 @@ def test_interrupted_run_is_finished_by_the_next(host: Host, monkeypatch: pytest
         host.run(second)
     assert host.current == second
     assert (host.path / "current/environment/complete").exists()
-    assert not [path for path in host.path.rglob("*.new")]
+    assert not list(host.path.rglob("*.new"))
     assert host.run(second, archive=False)["changed"] is False
 
 
@@ -274,7 +274,7 @@ def test_what_is_wrong_is_said_before_anything_is_made(host: Host, more: dict[st
 
 def test_archive_of_another_revision_is_refused(host: Host) -> None:
     first, second = host.source("one"), host.source("two")
-    os.replace(host.folder / f"{first}.tar", host.folder / f"{second}.tar")
+    (host.folder / f"{first}.tar").replace(host.folder / f"{second}.tar")
     with pytest.raises(WorkspaceError, match=f"not that of revision {second}"):
         host.run(second)
 
