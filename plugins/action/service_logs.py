@@ -38,7 +38,9 @@ class Spool:
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             path = self.folder / "state.json"
-            state = json.loads(path.read_text()) if path.exists() else {"lines": [], "until": {}, "begun": now}
+            state: dict[str, Any] = {"lines": [], "until": {}, "begun": now}
+            if path.exists():
+                state = json.loads(path.read_text())
             state["lines"] += [[now, host, *line] for line in lines]
             state["until"][host] = until
             rest = self._print(state, now)

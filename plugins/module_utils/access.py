@@ -208,8 +208,8 @@ def targets(what: str, given: Mapping[str, str], inventory: Inventory) -> list[T
         members = set(_of_group(given["group"], inventory))
         kept = [target for target in found if target.host in members]
         if not kept:
-            hosts = ", ".join(target.host for target in found)
-            raise AccessError(f"no host of group {given['group']!r} runs {service}; it runs on {hosts}")
+            names = ", ".join(target.host for target in found)
+            raise AccessError(f"no host of group {given['group']!r} runs {service}; it runs on {names}")
         return kept
     if what == "restart" and refused_unit(unit):
         raise AccessError(refused_unit(unit))

@@ -37,7 +37,7 @@ class Cursor(NamedTuple):
     """Up to where a log was read: the moment of the last line, and how many lines of that very moment."""
 
     moment: int
-    count: int
+    lines: int
 
 
 def clean(text: str) -> str:
@@ -83,14 +83,14 @@ def fresh(lines: Iterable[Line], cursor: Cursor | None) -> tuple[list[Line], Cur
     """Those that were not read before, by time, and the new cursor. The engine gives lines of the cursor's moment again."""
     ordered = sorted(lines, key=lambda line: line.moment)
     if cursor:
-        repeated = [line for line in ordered if line.moment == cursor.moment][cursor.count :]
+        repeated = [line for line in ordered if line.moment == cursor.moment][cursor.lines :]
         ordered = repeated + [line for line in ordered if line.moment > cursor.moment]
     if not ordered:
         return [], cursor
     last = ordered[-1].moment
     count = sum(1 for line in ordered if line.moment == last)
     if cursor and last == cursor.moment:
-        count += cursor.count
+        count += cursor.lines
     return ordered, Cursor(last, count)
 
 

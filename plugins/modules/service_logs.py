@@ -181,7 +181,7 @@ def read_container(
     # The cursor is that of all lines: those that do not match were read, too.
     return limited(lines, 0 if known else params["lines"], params["grep"]), {
         "moment": str(after.moment),
-        "count": after.count,
+        "count": after.lines,
     }
 
 

@@ -158,7 +158,7 @@ def test_check_mode_is_no_failure() -> None:
 
 
 def test_logs_are_merged_and_each_host_has_a_colour() -> None:
-    results = {
+    results: dict[str, dict[str, Any]] = {
         "b": {"lines": [["2000000000", "ai", "two"]], "problems": []},
         "a": {
             "lines": [["1000000000", "ai", "one"], ["3000000000", "ai", "three"]],
@@ -192,7 +192,7 @@ def account(name: str, *fingerprints: str, **changes: Any) -> dict[str, Any]:
 
 def test_the_table_of_who_has_access() -> None:
     login = {"at": 1795348800, "from": "10.0.0.1", "key": "SHA256:a"}
-    results = {
+    results: dict[str, dict[str, Any]] = {
         "ai-1": {"accounts": [account("ec2-user", "SHA256:z", groups=[], sudo=True)], "unreadable": ["/root/x:3"]},
         "bastion-1": {
             "accounts": [account("alice", "SHA256:a", "SHA256:b", last_login=login, sessions=[{"since": 1795348800}])]

@@ -40,7 +40,7 @@ def test_a_container_from_turn_to_turn() -> None:
     first = module.read(parameters(containers=["ai"]), NOW, host.run)
     assert [text for _moment, _source, text in first["lines"]] == ["a", "b"]
     assert host.asked[0] == ["docker", "logs", "--timestamps", "--since", "1795348200.000000000", "--tail", "200", "ai"]
-    host.said["docker"] += ["2026-11-22T11:59:30Z c\n"]
+    host.said["docker"] = [*host.said["docker"], "2026-11-22T11:59:30Z c\n"]
     second = module.read(parameters(containers=["ai"], cursors=first["cursors"]), NOW, host.run)
     assert [text for _moment, _source, text in second["lines"]] == ["c"]
     assert host.asked[1] == ["docker", "logs", "--timestamps", "--since", "1795348740.000000002", "ai"]
@@ -111,7 +111,7 @@ def test_waiting_ends_with_the_first_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_output_of_a_program_and_of_one_that_fails() -> None:
     assert list(module.output(["printf", "a\\rb\\nc"])) == ["a\rb\n", "c"]
-    with pytest.raises(module.LogError, match="^no such thing$"):
+    with pytest.raises(module.LogError, match=r"^no such thing$"):
         list(module.output(["sh", "-c", "echo no such thing >&2; exit 1"]))
     with pytest.raises(module.LogError, match="no-such-program: no such file"):
         list(module.output(["no-such-program"]))
