@@ -259,6 +259,29 @@ class TestRelocatable:
         assert host.note == "new"
         assert not list(host.root.glob(".download*")) + list(host.root.glob(".unpack*"))
 
+    def test_killed_while_it_is_unpacked(self, host: Host, mirror: Mirror, tmp_path: Path) -> None:
+        host.run(OLD, mirror.put(OLD, archive("old")))
+        tool = tmp_path / "tools"
+        tool.mkdir()
+        path = host.path
+        (tool / "tar").write_text(f'#!/bin/sh\nPATH={path} tar "$@"\nsleep 30\n')
+        (tool / "tar").chmod(0o755)
+        digest = mirror.put(NEW, archive("new"))
+        host.path = f"{tool}:{path}"
+        process = host.start(NEW, digest)
+        deadline = time.monotonic() + 20
+        while not list(host.root.glob("*/python/note")) + list(host.root.glob(".unpack*/python/note")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, 9)
+        process.communicate()
+        assert not (host.root / NEW).exists()
+        assert host.note == "old"
+        host.path = path
+        assert host.run(NEW, digest)["state"] == "installed"
+        assert host.note == "new"
+        assert not list(host.root.glob(".unpack*"))
+
     def test_damaged_one_is_made_anew(self, host: Host, mirror: Mirror) -> None:
         digest = mirror.put(NEW, archive("new"))
         host.run(NEW, digest)
