@@ -24,6 +24,9 @@ PLATFORM_VARIABLES = (
     "nemo_aws_connection",
     "nemo_bastion_system",
     "nemo_eks_version",
+    "nemo_operators",
+    "operators_allow_empty",
+    "operators_rsa_bits",
 )
 _UNDEFINED = re.compile(r"'(\w+)' is undefined")
 

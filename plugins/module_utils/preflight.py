@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ansible_collections.nemo.platform.plugins.module_utils import operators
+
 ROLES = ("bastion", "vllm", "ai", "eks-node")
 # Roles whose hosts run services of the catalogue.
 SERVICE_ROLES = ("ai",)
@@ -360,12 +362,23 @@ def _addresses(inventory: Inventory) -> list[Problem]:
     ]
 
 
+def _operators(inventory: Inventory) -> list[Problem]:
+    variables = inventory.variables
+    if "nemo_operators" not in variables:
+        return []
+    rsa_bits = _whole(variables.get("operators_rsa_bits")) or operators.RSA_BITS
+    allow_empty = variables.get("operators_allow_empty") is True
+    reserved = [str(variables.get("nemo_ssh_user"))]
+    found = operators.problems(variables["nemo_operators"], reserved, allow_empty, rsa_bits)
+    return [Problem(f"nemo_operators: {what}", f"allowed: {allowed}") for what, allowed in found]
+
+
 def problems(inventory: Inventory) -> list[Problem]:
     """All that is wrong, most basic first."""
     if not inventory.hosts:
         return _empty(inventory) + _variables(inventory)
     found: list[Problem] = []
-    for check in (_variables, _tags, _duplicates, _addresses, _groups, _services):
+    for check in (_variables, _tags, _duplicates, _addresses, _groups, _services, _operators):
         found.extend(check(inventory))
     return found
 

@@ -32,7 +32,8 @@ attributes:
     support: full
 notes:
   - Reads C(nemo_region), C(nemo_account_id), C(nemo_services), C(nemo_required_groups), C(nemo_shared_names),
-    C(nemo_aws_connection), C(nemo_bastion_system) and C(nemo_eks_version), and of each host C(nemo_role), C(nemo_host_services), C(nemo_name) and its addresses.
+    C(nemo_aws_connection), C(nemo_bastion_system), C(nemo_eks_version), C(nemo_operators), C(operators_allow_empty)
+    and C(operators_rsa_bits), and of each host C(nemo_role), C(nemo_host_services), C(nemo_name) and its addresses.
 """
 
 EXAMPLES = r"""
