@@ -239,3 +239,9 @@ def test_usage_names_services_and_groups() -> None:
 def test_colours_differ_between_hosts() -> None:
     names = [f"h{number}" for number in range(len(access.COLOURS))]
     assert len({access.colour(name, names) for name in names}) == len(names)
+
+
+def test_an_operator_without_the_key_of_the_inventory_is_a_note() -> None:
+    (fingerprint,) = access.wanted_fingerprints([KEY])
+    notes = access.who_notes("b", [account("alice")], [{"name": "alice", "keys": [KEY]}])
+    assert notes == [f"b: alice has not the key {fingerprint} of nemo_operators"]
