@@ -114,17 +114,20 @@ class ActionModule(ActionBase):
         task_vars = task_vars or {}
         _valid, arguments = self.validate_argument_spec(ARGUMENTS)
         hosts = self._hosts(task_vars)
-        endpoints, unknown = self._endpoints({**self._services(task_vars), **arguments["endpoints"]}, arguments)
+        given = {**self._services(task_vars), **arguments["endpoints"]}
+        endpoints, unknown = self._endpoints(given, arguments)
         known = sorted({*task_vars["groups"], *flow_table.GROUPS})
         table = flow_table.Table(arguments["security_groups"], endpoints, hosts, known, arguments["vpc_cidr"])
         problems = flow_table.problems(table)
-        strangers = [name for name in arguments["only"] if name not in endpoints and name not in unknown]
         problems += [
-            flow_table.Problem(f"verify_only names {name!r}", f"allowed: {', '.join(endpoints)}") for name in strangers
+            flow_table.Problem(f"verify_only names {name!r}", f"allowed: {', '.join(given)}")
+            for name in arguments["only"]
+            if name not in given
         ]
         if problems:
             lines = [f"{number}. {one.what}\n   -> {one.do}" for number, one in enumerate(problems, 1)]
-            raise AnsibleActionFail(f"{len(problems)} problems in the table of security groups:\n" + "\n".join(lines))
+            count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+            raise AnsibleActionFail(f"{count} in the table of security groups:\n" + "\n".join(lines))
         names = {host.name for host in hosts}
         sources = [name for name in task_vars["ansible_play_hosts_all"] if name in names]
         sources.sort(key=lambda name: (name != arguments["bastion"], name))
