@@ -293,6 +293,11 @@ def first_uid(path: str) -> int:
     return max(1000, int(found.group(1))) if found else 1000
 
 
+def owner_of(path: str) -> int:
+    """The number of the account that a path belongs to."""
+    return os.stat(path).st_uid
+
+
 def sudo_rules(text: str) -> set[str]:
     """Who a file of ours lets become root."""
     return set(re.findall(r"^([a-z_][a-z0-9_-]*) ALL=", text, re.MULTILINE))
@@ -461,7 +466,7 @@ class Accounts:
             if os.path.lexists(home) and (
                 not os.path.isdir(home)
                 or os.path.islink(home)
-                or (name in ours and account and os.stat(home).st_uid != account.pw_uid)
+                or (name in ours and account and owner_of(home) != account.pw_uid)
                 or not account
             ):
                 found.append(f"operators: {home} exists and is not {name}'s; move it away")
