@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,11 +72,21 @@ def test_what_is_wrong_is_one_sentence_before_any_connection(arguments: list[str
     assert "unreachable=0" in done.stdout
 
 
+def fingerprint_of(key: Path) -> str:
+    shown = subprocess.run(["ssh-keygen", "-l", "-f", f"{key}.pub"], capture_output=True, text=True, check=True)
+    return shown.stdout.split()[1]
+
+
 def test_who_has_access() -> None:
     done = access("--tags", "who")
     assert done.returncode == 0, done.stdout
-    key = subprocess.run(["ssh-keygen", "-l", "-f", f"{hosts.KEY}.pub"], capture_output=True, text=True, check=True)
-    fingerprint = key.stdout.split()[1]
+    fingerprint = fingerprint_of(hosts.KEY)
+    for name, sudo in (("alice", "yes"), ("bob", "no")):
+        key = fingerprint_of(hosts.KEY.parent / "operators" / name)
+        assert re.search(
+            rf"^bastion-10\.0\.1\.10 +{name} +operator +{sudo} .*{re.escape(key)}", done.stdout, re.MULTILINE
+        ), done.stdout
+    assert "nemo_operators" not in done.stdout, "the Bastion's operators are those of the inventory"
     for host in ("bastion-10.0.1.10", "vllm-10.0.2.20", PROD, DEV):
         (row,) = [line for line in done.stdout.splitlines() if re.match(rf"{host} +ec2-user +account +yes ", line)]
         assert fingerprint in row, done.stdout
