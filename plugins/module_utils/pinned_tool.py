@@ -493,10 +493,7 @@ class PinnedTool:
         if not any(artifact.signature_url for artifact in self.wanted.artifacts):
             return None
         keyring, key = self._read_key(os.path.join(work, "gnupg"))
-        if key.fingerprint != self.wanted.fingerprint:
-            raise ToolError(
-                f"the signing key has the fingerprint {key.fingerprint}, pinned is {self.wanted.fingerprint}"
-            )
+        self._require_fingerprint(key)
         state = openpgp.INVALID_KEYS.get(key.state)
         if key.expires is not None and key.expires <= time.time():
             state = f"has expired on {openpgp.day(key.expires)}"
@@ -507,6 +504,13 @@ class PinnedTool:
             )
         self._remember_key(key)
         return keyring
+
+    def _require_fingerprint(self, key: openpgp.Key) -> None:
+        if key.fingerprint != self.wanted.fingerprint:
+            raise ToolError(
+                f"the signing key has the fingerprint {key.fingerprint}, pinned is {self.wanted.fingerprint}: nothing was"
+                f" downloaded, {self._used()} is used as before"
+            )
 
     def _read_key(self, folder: str) -> tuple[openpgp.Keyring, openpgp.Key]:
         program = self._gpg()
@@ -606,10 +610,7 @@ class PinnedTool:
             work = os.path.join(self.base, WORK)
             os.makedirs(work, mode=0o700, exist_ok=True)
             _, key = self._read_key(os.path.join(work, "gnupg"))
-            if key.fingerprint != self.wanted.fingerprint:
-                raise ToolError(
-                    f"the signing key has the fingerprint {key.fingerprint}, pinned is {self.wanted.fingerprint}"
-                )
+            self._require_fingerprint(key)
             self._remember_key(key)
             self._save()
         expires = self._state["key"]["expires"]
