@@ -97,7 +97,9 @@ def test_leaves_out_what_leads_elsewhere(bastion: Bastion) -> None:
         "ANSIBLE_LIBRARY": "x", "ANSIBLE_CALLBACKS_ENABLED": "", "_ANSIBLE_CALLBACK_DISPATCH_ERROR_BEHAVIOR": "ignore", "AWS_PROFILE": "x",
         "AWS_ACCESS_KEY_ID": "x", "PYTHONPATH": "x", "VIRTUAL_ENV": "x",
     }  # fmt: skip
-    environment, _, _ = bastion.shown("ansible", **stray, ANSIBLE_NOCOLOR="1", NEMO_LOCK_WAIT="7", TERM="xterm")
+    environment, _, _ = bastion.shown(
+        "ansible", cwd=None, **stray, ANSIBLE_NOCOLOR="1", NEMO_LOCK_WAIT="7", TERM="xterm"
+    )
     assert not set(stray) & set(environment)
     assert (environment["ANSIBLE_NOCOLOR"], environment["NEMO_LOCK_WAIT"], environment["TERM"]) == ("1", "7", "xterm")
 
@@ -204,5 +206,5 @@ def test_variables_mean_what_they_say() -> None:
     class Loader(yaml.SafeLoader):
         pass
 
-    Loader.add_constructor("!unsafe", lambda loader, node: loader.construct_scalar(node))
+    Loader.add_constructor("!unsafe", lambda _loader, node: node.value)
     assert yaml.load(text, Loader=Loader) == {"b": "a{{b}}", "a": {"c": [1, True, None, 1.5, "yes", "{% x"]}}  # noqa: S506
