@@ -12,7 +12,6 @@ import pytest
 from lab import hosts
 from lab.settings import BASTION, HOSTS, STATE, USER
 
-pytestmark = pytest.mark.journal("bastion", "nemo-operations.socket")
 ADDRESSES = {host.address for host in HOSTS}
 
 
