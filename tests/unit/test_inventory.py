@@ -28,6 +28,9 @@ with open(os.environ["SSH_LOG"], "a") as log:
 """
 
 
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIf1SokRLLetcXVqUY4uQvdfGpGrhNLtVHXsSlBmIb20"
+
+
 class Checkout:
     """A copy of the inventories at an awkward path, its lab pointing at the test's AWS."""
 
@@ -39,6 +42,10 @@ class Checkout:
         for name in ("lab/aws_ec2.yml", "lab/group_vars/all/zz_lab.yml"):
             file = folder / "inventories" / name
             file.write_text(file.read_text().replace("http://10.0.0.10:5000", url))
+        keys = folder / ".lab/ssh/operators"
+        keys.mkdir(parents=True)
+        for number, name in enumerate(("alice", "bob")):
+            (keys / f"{name}.pub").write_text(f"{KEY[:-1]}{number} {name}\n")
         self.ssh = folder.parent / "bin" / "ssh"
         self.ssh.parent.mkdir()
         self.ssh.write_text(FAKE_SSH)
@@ -152,7 +159,7 @@ def test_ssh_through_the_bastion(aws: Aws, checkout: Checkout) -> None:
     aws.platform()
     key = checkout.folder / ".lab" / "ssh" / "id_ed25519"
     known_hosts = checkout.folder / ".lab" / "known_hosts"
-    key.parent.mkdir(parents=True)
+    key.parent.mkdir(exist_ok=True)
     key.touch()
     direct, jump = checkout.ssh_calls("ai-prod-10.0.2.31")
     assert jump[-5:] == ["-W", "[10.0.2.31]:22", "-l", "ec2-user", "10.0.1.10"]
