@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 DOCUMENTATION = r"""
 name: kubeconfig
 short_description: A kubeconfig for EKS clusters
-version_added: 0.2.0
+version_added: "0.1.0"
 author: The nemo platform project (@nemo-platform)
 description:
   - Makes the content of a kubeconfig out of clusters to be reached and their descriptions by

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: access_plan
 short_description: What is asked of playbooks/access.yml, and of which hosts
-version_added: 0.2.0
+version_added: "0.1.0"
 author: The nemo platform project (@nemo-platform)
 description:
   - Reads the run's tags and the variables C(service), C(unit), C(group), C(command), C(since), C(lines), C(grep), C(follow) and

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: access_report
 short_description: Print what an operation of playbooks/access.yml found
-version_added: 0.2.0
+version_added: "0.1.0"
 author: The nemo platform project (@nemo-platform)
 description:
   - Prints the results of all hosts of the play as one piece. Accounts as a table, logs merged by time, answers to a command

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: account_info
 short_description: Who may log in on a host by SSH, with which keys, and who did
-version_added: 0.2.0
+version_added: "0.1.0"
 author: The nemo platform project (@nemo-platform)
 description:
   - Finds every account that the SSH daemon has keys for, those of some groups, and those that are named, with the fingerprints of

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: eks_cluster_info
 short_description: Endpoint, certificate authority and version of EKS clusters
-version_added: 0.2.0
+version_added: "0.1.0"
 author: The nemo platform project (@nemo-platform)
 description:
   - Asks EKS for the description of one or more clusters and returns what a client of theirs needs.

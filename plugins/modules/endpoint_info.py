@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: endpoint_info
 short_description: Where the names of endpoints lead from a host, and whether anything answers there
-version_added: 0.2.0
+version_added: "0.1.0"
 author: The nemo platform project (@nemo-platform)
 description:
   - Looks up the name of each endpoint as the host itself does, compares the addresses with those that are expected, and

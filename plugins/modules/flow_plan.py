@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: flow_plan
 short_description: Every flow that follows from the table of security groups
-version_added: 0.2.0
+version_added: "0.1.0"
 author: The nemo platform project (@nemo-platform)
 description:
   - Puts each host of the play, and the outside, against each endpoint of the platform. What the rules let through must be

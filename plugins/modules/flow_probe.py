@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: flow_probe
 short_description: Try network flows from a host, all at once
-version_added: 0.2.0
+version_added: "0.1.0"
 author: The nemo platform project (@nemo-platform)
 description:
   - Tries each flow from the host it runs on, namely its name, a TCP connection, TLS with the certificate's names and dates,

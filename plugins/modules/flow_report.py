@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: flow_report
 short_description: The verdict on all flows, one line each, as JSON and as JUnit
-version_added: 0.2.0
+version_added: "0.1.0"
 author: The nemo platform project (@nemo-platform)
 description:
   - Tries the flows from outside, if the plan has any and a host of the platform answered before. Then judges all results,

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: service_logs
 short_description: What services of a host wrote to their logs
-version_added: 0.2.0
+version_added: "0.1.0"
 author: The nemo platform project (@nemo-platform)
 description:
   - Reads the logs of containers (C(docker logs)) or of one systemd unit (C(journalctl)), since a time or a cursor.

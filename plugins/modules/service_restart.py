@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: service_restart
 short_description: Restart a service of a host and wait until it is healthy
-version_added: 0.2.0
+version_added: "0.1.0"
 author: The nemo platform project (@nemo-platform)
 description:
   - Restarts the container of a service that M(nemo.platform.container_release) runs, and asks for its health path as that does,

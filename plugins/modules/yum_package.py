@@ -9,7 +9,7 @@ DOCUMENTATION = r"""
 ---
 module: yum_package
 short_description: Packages by yum, without a Python binding
-version_added: 0.2.0
+version_added: "0.1.0"
 author:
   - The nemo platform project (@nemo-platform)
 description:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lab import hosts
-from lab.settings import BASTION, HOSTS, STATE, USER
+from lab.settings import BASTION, HOSTS, INSTANCES, STATE, USER
 
 ADDRESSES = {host.address for host in HOSTS}
 
@@ -54,10 +54,23 @@ def test_fresh_operator_sees_the_inventory(fresh):
 
 
 def test_fresh_operator_reaches_every_host(fresh):
-    said = works("bob", "cd /tmp && ansible bastion:vllm:ai -m ping")
-    assert said.count("ping: pong") + said.count('"ping": "pong"') == len(HOSTS), said
+    said = works("bob", "cd /tmp && ansible all -m ping")
+    assert said.count("ping: pong") + said.count('"ping": "pong"') == len(INSTANCES), said
     assert works("bob", "stat --format=%a ~/.ansible ~/.ansible/nemo_platform").split() == ["700", "700"]
     assert ssh("alice", "ls ~bob/.ansible").returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        ("kubectl version --client", "Client Version: v1.33."),
+        ("helm diff version", "3."),
+        ("aws sts get-caller-identity --query Arn --output text", "assumed-role/nemo-bastion/"),
+        ("kubectl get nodes", "eks-node-a"),
+    ],
+)
+def test_operators_tools_work(command, answer):
+    assert answer in works("bob", command)
 
 
 def test_site_has_nothing_to_change_there():

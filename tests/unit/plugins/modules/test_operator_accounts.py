@@ -118,13 +118,14 @@ class Host:
 
     def run(self, *operators: dict[str, Any], check: bool = False, **params: Any) -> dict[str, Any]:
         self.log.clear()
+        self.warnings: list[str] = []
         lines = [f"{name}:{password}:1:0:99999:7::{expires}:\n" for name, (password, expires) in self.shadow.items()]
         (self.root / "shadow").write_text("".join(lines))
         tmpdir = self.root / "tmp"
         tmpdir.mkdir(exist_ok=True)
         fake: Any = SimpleNamespace(
             params={**self.params, "operators": list(operators), **params}, check_mode=check, tmpdir=str(tmpdir),
-            run_command=self.run_command, selinux_enabled=lambda: False,
+            run_command=self.run_command, selinux_enabled=lambda: False, warn=self.warnings.append,
         )  # fmt: skip
         accounts = module.Accounts(fake)
         accounts.run()
@@ -167,6 +168,7 @@ def test_who_leaves_loses_first_what_opens_the_door(host: Host) -> None:
     (host.root / "cron/bob").write_text("* * * * * date\n")
     gone = host.run(ADA)
     assert gone["removed"] == ["bob"]
+    assert [text[:3] for text in host.warnings] == ["bob"]
     order = [next(i for i, line in enumerate(host.log) if line.startswith(start)) for start in (
         "remove keys/bob", "usermod --lock", "usermod --groups  bob", "end bob: no operator any more",
     )]  # fmt: skip
@@ -177,6 +179,7 @@ def test_who_leaves_loses_first_what_opens_the_door(host: Host) -> None:
     # what a run looks at once more: that nothing of his runs
     again = host.run(ADA)
     assert again["changed"] is False
+    assert host.warnings == []
     assert host.log == ["end bob: no operator any more"]
 
 
