@@ -153,6 +153,7 @@ PRIVILEGE_SEPARATION = "/run/sshd"
 LOCK_TIMEOUT_SECONDS = 120
 ANSWER_SECONDS = 10.0
 STRANGER = "nobody"
+COPIES = "drop-ins"
 OUTSIDE = "192.0.2.1"  # of the range for documentation: no rule of anybody's is about it
 MANAGED = "# Managed by Ansible (module nemo.platform.jump_host_daemon); changes made here are lost.\n"
 
@@ -499,7 +500,7 @@ class Door:
             if code != 0:
                 raise DoorError(f"{self.params['composer']} compose ended with status {code}: {err.strip()}")
         else:
-            copies = os.path.join(folder, "drop-ins")
+            copies = os.path.join(folder, COPIES)
             os.mkdir(copies)
             for path in glob.glob(os.path.join(glob.escape(directory), "*.conf")):
                 shutil.copyfile(path, os.path.join(copies, os.path.basename(path)))
@@ -564,8 +565,11 @@ class Door:
             members = grp.getgrnam(self.params["group"]).gr_mem
         except KeyError:
             members = []
-        for name in members[:1]:
-            groups = self._groups(pwd.getpwnam(name))
+        for name in members:
+            try:
+                groups = self._groups(pwd.getpwnam(name))
+            except KeyError:  # a member without an account
+                continue
             people.append(Person("operator", name, True, {**rules.everyone, **rules.operator}, groups))
         people += [
             Person("stranger", name, False, rules.everyone, self._groups(pwd.getpwnam(name)))
@@ -581,7 +585,13 @@ class Door:
             where = f"user={person.user},host={source},addr={source}"
             code, out, err = self._sshd("-T", "-f", whole, "-C", where)
             if code != 0:
-                raise DoorError(f"sshd refuses the configuration, nothing was replaced: {(err or out).strip()}")
+                # Its copies have other paths than the files that it is about.
+                said = (
+                    (err or out)
+                    .strip()
+                    .replace(os.path.join(os.path.dirname(whole), COPIES), os.path.dirname(self.path))
+                )
+                raise DoorError(f"sshd refuses the configuration, nothing was replaced: {said.replace(whole, MAIN)}")
             effective = Effective.parse(out)
             for deviation in deviations(effective, person):
                 found.setdefault(deviation, []).append(person.label)

@@ -686,6 +686,9 @@ class Accounts:
             self._end_user(name, account.pw_uid, "no operator any more")
         if self.result["changed"]:
             self.result["removed"].append(name)
+            self.module.warn(
+                f"{name} is no operator any more: replace what operators could read, the key for the hosts first"
+            )
         self.result["changed"] = before or self.result["changed"]
 
     def _remove_jobs(self, account: pwd.struct_passwd) -> None:
