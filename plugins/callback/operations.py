@@ -29,7 +29,9 @@ description:
     it, appends that to a log which operators cannot write, and sees the end of a run that was killed.
   - Before the first task the service takes the locks of all hosts of the run. A second run that needs one of them says who
     holds it, since when and with which command, and waits. It ends with status 75 when the time is over.
-  - Hosts that only turn up during a run (C(add_host), C(group_by)) are locked when their play starts.
+  - Hosts that only turn up during a run (C(add_host), C(group_by), a second playbook) are locked when their play starts. A run
+    that holds hosts by then does not wait for more, as two such runs could wait for each other. It stops before that play, with
+    status 75; the plays before it were run.
   - Runs in check mode take no lock, and neither does a play that only looks and says so with the variable
     C(nemo_hosts_lock=false), nor C(ansible) with a module that only looks.
   - C(localhost) is never locked.
@@ -42,7 +44,9 @@ options:
       - section: callback_operations
         key: socket
   lock_wait:
-    description: Seconds to wait for hosts that another run works on; V(0) gives up at once.
+    description:
+      - Seconds to wait for hosts that another run works on; V(0) gives up at once.
+      - It counts for the first hosts that a run locks. For those that turn up later nobody waits.
     type: int
     default: 600
     ini:
@@ -188,7 +192,8 @@ class CallbackModule(CallbackBase):
         wanted = sorted(set(hosts) - self._locked)
         if not wanted or self._service is None or not self._takes_locks():
             return
-        wait = int(self.get_option("lock_wait"))
+        late = bool(self._locked)  # who holds hosts waits for none: the run that has them may wait for ours
+        wait = 0 if late else int(self.get_option("lock_wait"))
         try:
             self._service.say(say="lock", hosts=wanted, wait=wait)
             while True:
@@ -202,7 +207,8 @@ class CallbackModule(CallbackBase):
             return
         if not answer.get("ok"):
             line = held_line(answer["host"], answer["holder"])
-            self._fail(f"{line} - waited {answer['waited']} s, nothing was run", LOCKED_OUT)
+            end = "stopped before this play" if late else f"waited {answer['waited']} s, nothing was run"
+            self._fail(f"{line} - {end}", LOCKED_OUT)
         self._locked |= set(wanted)
 
     # Events
@@ -228,7 +234,7 @@ class CallbackModule(CallbackBase):
         self._lock(set().union(*(hosts for hosts, looks in plays if not looks)))
 
     def v2_playbook_on_play_start(self, play: Any) -> None:
-        """Lock what was not known before."""
+        """Lock what was not known before, without waiting where this run holds hosts already."""
         hosts, looks = self._hosts_of(play)
         if not looks:
             self._lock(hosts)

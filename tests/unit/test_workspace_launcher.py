@@ -151,6 +151,42 @@ def test_inventory_elsewhere(bastion: Bastion) -> None:
     assert bastion.shown("ansible")[0]["ANSIBLE_INVENTORY"].startswith("/srv/hosts.yml,")
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("pre", ""),
+        ("ver", "verify.yml"),
+        ("--tags ''", "all always logs never restart run tagged untagged who"),
+        ("verify.yml -t re", "restart"),
+        ("--tags = w", "who"),
+        ("--tags =", "all always logs never restart run tagged untagged who"),
+        ("-e ''", "command= follow= follow_for= grep= group= lines= service= since= unit="),
+        ("-e fol", "follow= follow_for="),
+        ("--extra-vars = un", "unit="),
+        ("-e service =", "ai-dev ai-prod vllm_a"),
+        ("-e service = ai", "ai-dev ai-prod"),
+        ("--extra-vars = service = v", "vllm_a"),
+        ("-e group = zz", ""),
+    ],
+)
+def test_completion(bastion: Bastion, typed: str, offered: str) -> None:
+    inventory = bastion.release / "inventories/aws"
+    (inventory / "group_vars/all").mkdir(parents=True)
+    (inventory / "group_vars/all/services.yml").write_text(
+        "---\n# ai\nnemo_services:\n  ai-prod:\n    group: ai\n  # no\n  ai-dev:\n    group: ai\n\n  vllm_a: {}\nother:\n  air: 1\n"
+    )
+    engine = Environment(keep_trailing_newline=True, autoescape=False)  # noqa: S701 - a shell script
+    engine.filters["dirname"] = os.path.dirname
+    text = engine.from_string((ROLE / "templates/completion.bash.j2").read_text()).render(
+        __operations_workspace_path=bastion.folder / "workspace",
+        __operations_workspace_project_known_hosts=f"{bastion.folder}/workspace/current/inventories/aws/known_hosts",
+    )
+    script = f"{text}\nCOMP_WORDS=(ansible-playbook {typed}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _nemo_playbooks; echo ${{COMPREPLY[*]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=bastion.home, capture_output=True, text=True, check=True)
+    assert " ".join(sorted(done.stdout.split())) == offered
+    assert done.stderr == ""
+
+
 def test_locale_that_is_not_utf8(bastion: Bastion) -> None:
     assert bastion.shown("ansible", LC_ALL="C")[0]["LC_ALL"] == "C.UTF-8"
     assert bastion.shown("ansible", LC_ALL="C.UTF-8")[0]["LC_ALL"] == "C.UTF-8"

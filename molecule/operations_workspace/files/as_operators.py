@@ -112,8 +112,16 @@ def finds_playbooks_of_the_project() -> None:
 
 
 def completes_playbooks() -> None:
-    script = "PS1=x; . /etc/profile.d/nemo-workspace.sh; COMP_WORDS=(ansible-playbook pre); COMP_CWORD=1; _nemo_playbooks; echo ${COMPREPLY[*]}"
-    assert works("alice", "bash", "-c", script).split() == ["preflight.yml"]
+    for words, at, offered in (
+        ("pre", 1, "preflight.yml"),
+        ("--tags re", 2, "restart"),
+        ("-e follow_", 2, "follow_for="),
+    ):
+        script = (
+            f"PS1=x; . /etc/profile.d/nemo-workspace.sh; COMP_WORDS=(ansible-playbook {words}); COMP_CWORD={at}; "
+            "_nemo_playbooks; echo ${COMPREPLY[*]}"
+        )
+        assert works("alice", "bash", "-c", script).split() == [offered], words
 
 
 def keeps_caches_apart() -> None:

@@ -46,6 +46,10 @@ SECRET = re.compile(
     r"(?i)([\w-]*(?:pass(?:word|wd|phrase)?|secret|token|api_?key|access_?key)[\w-]*\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|\S+)"
 )
 MASK = "********"
+# What playbooks/access.yml and site.yml are asked to do: the log is there to tell it. Every other variable may be a secret.
+SHOWN = {"command", "follow", "follow_for", "grep", "group", "lines", "service", "since", "unit", "verify_only"}
+# -e, also behind options without a value (-be, -vve), also with its value glued on.
+VARIABLES = re.compile(r"(-[bCDhJkKov]*e=?)(.*)", re.DOTALL)
 
 
 def now() -> str:
@@ -90,32 +94,54 @@ def user_name(uid: int) -> str:
 
 
 def masked(words: list[str]) -> list[str]:
-    """A command line without the values of its extra variables, and of what looks like a secret elsewhere."""
+    """A command line without the values of its extra variables but those of SHOWN, and of what looks like a secret elsewhere."""
     shown: list[str] = []
     is_variables = False
     for word in words:
         option, equals, value = word.partition("=")
+        short = VARIABLES.fullmatch(word)
         if is_variables:
             shown.append(masked_variables(word))
-        elif equals and len(option) > 4 and "--extra-vars".startswith(option):
+        elif equals and is_extra_vars(option):
             shown.append(f"{option}={masked_variables(value)}")
-        elif word.startswith("-e") and len(word) > 2:
-            shown.append(f"-e{masked_variables(word[2:])}")
+        elif short:
+            shown.append(short[1] + (masked_variables(short[2]) if short[2] else ""))
         else:
-            shown.append(SECRET.sub(rf"\1{MASK}", word))
-        is_variables = word == "-e" or (len(word) > 4 and "--extra-vars".startswith(word))
+            shown.append(without_secrets(word))
+        is_variables = is_extra_vars(word) or bool(short and not short[2])
     return shown
 
 
+def is_extra_vars(option: str) -> bool:
+    """Ansible knows a long option by its beginning."""
+    return len(option) > 2 and "--extra-vars".startswith(option)
+
+
+def without_secrets(text: str) -> str:
+    return SECRET.sub(rf"\1{MASK}", text)
+
+
 def masked_variables(text: str) -> str:
+    """What follows -e. A command goes on to the end of its word, as playbooks/access.yml reads it."""
     if text.startswith("@"):
         return text
     if text.lstrip().startswith(("{", "[")):
         return MASK
+    if text.startswith("command="):
+        return without_secrets(text)
     try:
-        return " ".join(f"{word.partition('=')[0]}={MASK}" for word in shlex.split(text))
+        assignments = [word.partition("=") for word in shlex.split(text)]
     except ValueError:
         return MASK
+    if all(equals and name in SHOWN for name, equals, _ in assignments):
+        return without_secrets(text)
+    return " ".join(masked_variable(*assignment) for assignment in assignments)
+
+
+def masked_variable(name: str, equals: str, value: str) -> str:
+    if not equals:
+        return MASK  # a word that belongs to the value before it
+    return f"{name}={shlex.quote(without_secrets(value)) if name in SHOWN else MASK}"
 
 
 def peer(connection: socket.socket) -> dict[str, Any]:
@@ -241,7 +267,10 @@ class Run:
         self.say({"ok": True, "id": self.id})
 
     def take(self, message: dict[str, Any]) -> None:
-        """The locks of these hosts, in the order of their names, so that two runs never wait for each other."""
+        """The locks of these hosts, in the order of their names: two runs that ask once never wait for each other.
+
+        A run that holds some already asks for more with wait=0, as its hosts may be what the other run waits for.
+        """
         wait = min(max(float(message.get("wait") or 0), 0), LONGEST_WAIT)
         deadline = time.monotonic() + wait
         told = ""
@@ -270,7 +299,7 @@ class Run:
         self.say({"ok": True})
 
     def try_lock(self, host: str) -> bool:
-        LOCKS.mkdir(mode=0o755, parents=True, exist_ok=True)
+        LOCKS.mkdir(mode=0o750, parents=True, exist_ok=True)  # the group is the service's: the operators
         descriptor = os.open(lock_file(host), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -282,7 +311,7 @@ class Run:
         holder = {"host": host, "since": now(), **{key: self.start[key] for key in keys if key in self.start}}
         draft = holder_file(host).with_suffix(".new")
         draft.write_text(json.dumps(holder))
-        draft.chmod(0o644)
+        draft.chmod(0o640)
         draft.rename(holder_file(host))
         return True
 
@@ -372,7 +401,11 @@ def holder_of(host: str) -> dict[str, Any]:
 
 
 def holders() -> list[dict[str, Any]]:
-    hosts = sorted(urllib.parse.unquote(path.stem) for path in LOCKS.glob("*.json"))
+    try:
+        paths = list(LOCKS.iterdir())  # glob would find nothing where it may not look
+    except FileNotFoundError:
+        return []
+    hosts = sorted(urllib.parse.unquote(path.stem) for path in paths if path.suffix == ".json")
     return [holder for host in hosts if (holder := holder_of(host))]
 
 
@@ -418,7 +451,11 @@ def break_lock(host: str) -> int:
 
 
 def show_locks(as_json: bool) -> int:
-    found = holders()
+    try:
+        found = holders()
+    except PermissionError:
+        print(f"nemo-locks: {LOCKS} is readable by operators only", file=sys.stderr)
+        return 1
     if as_json:
         print(json.dumps(found, indent=2))
         return 0
