@@ -33,6 +33,8 @@ def test_the_installed_collection_has_nothing_to_change(tmp_path):
     run("ansible-galaxy", "collection", "build", ROOT, "--output-path", tmp_path)
     archive = next(tmp_path.glob("nemo-platform-*.tar.gz"))
     run("ansible-galaxy", "collection", "install", archive, "--offline", "--no-deps", "-p", tmp_path / "collections")
-    output = run("ansible-playbook", "nemo.platform.site", "-i", ROOT / "inventories" / "lab", "--check")
+    # What the Bastion has is the checkout; the installed collection would be another project.
+    project = f"operations_workspace_source={ROOT}"
+    output = run("ansible-playbook", "nemo.platform.site", "-i", ROOT / "inventories" / "lab", "--check", "-e", project)
     assert str(ROOT / "roles") not in output
     assert len(re.findall(r"changed=0 +unreachable=0 +failed=0", output)) == 5, output
