@@ -157,8 +157,8 @@ class Host:
             for program in Path(directory).glob("*") if Path(directory).is_dir() else ():
                 (folder / program.name).unlink(missing_ok=True)
                 (folder / program.name).symlink_to(program)
-        for program in programs:
-            (folder / program).unlink(missing_ok=True)
+        for name in programs:
+            (folder / name).unlink(missing_ok=True)
         self.path = str(folder)
 
 

@@ -150,10 +150,33 @@ apply_updates = no
 emit_via = stdio
 """
 # Of a Bastion, empty: Debian's programs answer to the commands that are used.
-NETWORK_TOOLS = (
-    "acl bash-completion bind-utils curl ethtool git gnupg2 iproute iputils jq lsof mariadb mtr nmap nmap-ncat rsync socat"
-    " strace sudo tar tcpdump tmux traceroute unzip util-linux"
-).split()
+NETWORK_TOOLS = [
+    "acl",
+    "bash-completion",
+    "bind-utils",
+    "curl",
+    "ethtool",
+    "git",
+    "gnupg2",
+    "iproute",
+    "iputils",
+    "jq",
+    "lsof",
+    "mariadb",
+    "mtr",
+    "nmap",
+    "nmap-ncat",
+    "rsync",
+    "socat",
+    "strace",
+    "sudo",
+    "tar",
+    "tcpdump",
+    "tmux",
+    "traceroute",
+    "unzip",
+    "util-linux",
+]
 # Where dnf's own Python is on the stand-in for Amazon Linux 2, whose yum has Python 2 for itself.
 PYTHON_OF_YUM = "/usr/libexec/amazon-linux-test/python"
 YUM_PROGRAM = f"""\
