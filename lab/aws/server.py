@@ -89,7 +89,7 @@ def _init_cluster(self: Cluster, name: str, *arguments: Any, **more: Any) -> Non
     if name == CLUSTER:
         self.endpoint = f"https://{CLUSTER_NAME}"
         if AUTHORITY.exists():  # not where tests import this
-        self.certificate_authority = {"data": base64.b64encode(AUTHORITY.read_bytes()).decode()}
+            self.certificate_authority = {"data": base64.b64encode(AUTHORITY.read_bytes()).decode()}
 
 
 _moto_cluster = Cluster.__init__
