@@ -72,7 +72,7 @@ def tools(machine: str) -> store.Made | None:
                     shutil.copyfileobj(source, target, 1 << 20)
                 with archive.open("helm/helm") as source, store.tgz(folder / HELM_PATH) as packed:
                     size = archive.getinfo("helm/helm").file_size
-                    store.add(packed, "linux-amd64/helm", source, size, 0o755)  # type: ignore[arg-type]
+                    store.add(packed, "linux-amd64/helm", source, size, 0o755)
 
     return store.made("kubernetes", [LOCK.read_bytes(), store.source_of(__name__)], build)
 

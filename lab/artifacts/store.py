@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from lab.console import LabError
 from lab.run import run
@@ -120,7 +120,7 @@ def tgz(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
         yield archive
 
 
-def add(archive: tarfile.TarFile, name: str, file: BinaryIO, size: int, mode: int = 0o644) -> None:
+def add(archive: tarfile.TarFile, name: str, file: IO[bytes], size: int, mode: int = 0o644) -> None:
     """A root-owned file of an archive."""
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.mtime = size, mode, MTIME

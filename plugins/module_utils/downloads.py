@@ -160,4 +160,4 @@ class Downloader:
     @staticmethod
     def _continues(content_range: str, have: int) -> bool:
         matched = re.match(r"bytes (\d+)-", content_range)
-        return bool(matched) and int(matched.group(1)) == have  # type: ignore[union-attr]
+        return matched is not None and int(matched.group(1)) == have
