@@ -34,7 +34,7 @@ class FakeDocker:
         self.path = path
         self.calls: list[list[str]] = []
         if not path.exists():
-            self.save({"containers": {}, "images": [], "registry": {}, "errors": {}, "late": False, "memory": 4 << 30})
+            self.save({"containers": {}, "images": [], "registry": {}, "errors": {}, "memory": 4 << 30})
 
     def load(self) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(self.path.read_text())
@@ -72,7 +72,7 @@ class FakeDocker:
     def serving(self) -> list[str]:
         return [name for name, entry in self.containers().items() if entry["status"] == "running"]
 
-    def probe(self, _address: str, port: int, _path: str, _status: int, _timeout: float) -> str | None:
+    def probe(self, _address: str, port: int, _question: Any, _timeout: float) -> str | None:
         state = self.load()
         for entry in state["containers"].values():
             if entry["status"] == "running" and entry["port"] == port:
@@ -83,13 +83,6 @@ class FakeDocker:
                     return None
                 return "it answered 503, not 200"
         return "connection refused"
-
-    def finish_late_stop(self) -> None:
-        """What a killed client had asked for, done by the engine in its own time: it stops the service's container."""
-        state = self.load()
-        if state["late"]:
-            state["containers"]["ai-prod"]["status"] = "exited"
-        self.save(state)
 
     def listener(self, port: int) -> str | None:
         held = any(entry["status"] == "running" and entry["port"] == port for entry in self.containers().values())
@@ -161,14 +154,21 @@ class FakeDocker:
         return 0, "", ""
 
     def do_container_ls(self, state: dict[str, Any], words: list[str]) -> tuple[int, str, str]:
-        if "--filter" in words:
+        if "--filter" in words and words[words.index("--filter") + 1].startswith("publish="):
             port = int(words[words.index("--filter") + 1].partition("=")[2])
             return (
                 0,
                 "\n".join(n for n, c in state["containers"].items() if c["status"] == "running" and c["port"] == port),
                 "",
             )
-        return 0, "\n".join(state["containers"]), ""
+        label = next((word.partition("=")[2] for word in words if word.startswith("label=")), "")
+        key, _equals, value = label.partition("=")
+        found = [
+            name
+            for name, entry in state["containers"].items()
+            if not label or (key in entry["labels"] and value in ("", entry["labels"][key]))
+        ]
+        return 0, "\n".join(found), ""
 
     def do_container_inspect(self, state: dict[str, Any], words: list[str]) -> tuple[int, str, str]:
         out, err = [], []
@@ -192,7 +192,11 @@ class FakeDocker:
                         "OOMKilled": entry.get("oom", False),
                     },
                     "Config": {"Labels": entry["labels"]},
-                    "HostConfig": {"PortBindings": {"8000/tcp": [{"HostIp": "", "HostPort": str(entry["port"])}]}},
+                    "Image": entry["image"],
+                    "HostConfig": {
+                        "Memory": 1 << 30,
+                        "PortBindings": {"8000/tcp": [{"HostIp": "", "HostPort": str(entry["port"])}]},
+                    },
                 }
                 out.append(json.dumps(data))
         return (1 if err else 0), "\n".join(out), "\n".join(err)
@@ -244,7 +248,6 @@ class FakeDocker:
 
     def do_container_stop(self, state: dict[str, Any], words: list[str]) -> tuple[int, str, str]:
         state["containers"][words[-1]]["status"] = "exited"
-        state["late"] = False  # a second stop ends when the first one does
         return 0, words[-1], ""
 
     def do_container_unpause(self, state: dict[str, Any], words: list[str]) -> tuple[int, str, str]:
