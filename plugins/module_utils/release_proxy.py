@@ -63,6 +63,7 @@ defaults
     # A container that starts again is waited for, a second for each attempt; then whichever release is ready answers.
     retries {retries}
     option redispatch 1
+    retry-on conn-failure empty-response
     # A connection to the release for each request: an application that closes an idle one never races a request.
     option http-server-close
     # A reload never closes a connection on which a client may be sending its next request.
@@ -70,6 +71,8 @@ defaults
     option forwardfor
 frontend public
     bind {bind}
+    # What may have been done already is not asked for twice.
+    http-request disable-l7-retry unless {{ method GET HEAD OPTIONS }}
     default_backend release
 backend release
 """
