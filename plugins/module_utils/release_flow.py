@@ -75,7 +75,7 @@ class Proxy(Protocol):
     def installed(self) -> bool: ...
     def difference(self, settings: ProxySettings, active: str, ports: Ports) -> str: ...
     def ensure(self, settings: ProxySettings, active: str, ports: Ports) -> str: ...
-    def switch(self, settings: ProxySettings, active: str, ports: Ports) -> None: ...
+    def switch(self, settings: ProxySettings, active: str, ports: Ports, standby: bool = False) -> None: ...
     def counters(self, slot: str) -> Counters: ...
     def cut(self, slot: str) -> None: ...
     def remove(self) -> bool: ...
@@ -256,6 +256,7 @@ class Releaser:
         journal = self.recover(spec_of(wanted) if digest else None)
         if journal:
             self.after = wanted
+            journal["kind"] = "release"  # whatever the killed run called it
             self.advance(journal)
             return
         if digest and self.is_there(wanted):
@@ -298,6 +299,7 @@ class Releaser:
         else:
             target = journal["record"] if journal else self.previous
         if journal and target and journal["record"]["release"] == target["release"]:
+            journal["kind"] = "rollback"
             self.advance(journal)
             return
         if not target:
@@ -351,8 +353,9 @@ class Releaser:
             self.kept = "%s is pinned to %s (%s, by %s at %s)" % (
                 self.name, record["tag"], self.pinned["why"], self.pinned["by"], self.pinned["since"],
             )  # fmt: skip
-        elif newer(record["tag"], self.params["tag"] or ""):
-            self.kept = "%s runs %s, which is newer than %s" % (self.name, record["tag"], self.params["tag"])
+        elif record.get("intent") == "deploy" and newer(record["tag"], self.params["tag"] or ""):
+            text = "%s runs %s, which %s deployed and is newer than %s"
+            self.kept = text % (self.name, record["tag"], record["by"], self.params["tag"])
         else:
             return
         self.warnings.append(
@@ -647,7 +650,11 @@ class Releaser:
         if journal["legacy"]:
             self.move(journal, public, slot, ports)
         elif origin and self.proxy.is_set_up():
-            self.proxy.switch(public, slot, ports)
+            beside = self.boxes.get(origin["release"])
+            standby = bool(
+                self.params["bake_time"] and beside and beside.running and self.params["strategy"] == "beside"
+            )
+            self.proxy.switch(public, slot, ports, standby)
         else:
             self.proxy.ensure(public, slot, ports)
         problem = self.problem_of(self.local(public["address"]), public["port"], record)
@@ -670,6 +677,8 @@ class Releaser:
 
     def commit(self, journal: Record) -> None:
         record = dict(journal["record"], since=utc_now(), by=journal["by"], kind=journal["kind"])
+        if journal["kind"] == "release":
+            record["intent"] = "deploy" if self.kept else self.params["intent"]
         before = self.record
         self.pinned = self.wanted_pin(journal["kind"], record)
         if journal["kind"] == "rollback" and before:
@@ -693,16 +702,26 @@ class Releaser:
         if not old or old.get("format") != OLD_FORMAT:
             return []
         settings = {key: value for key, value in old["settings"].items() if key not in ("bind_address", "port")}
-        health = dict(health_of(self.params), **old["health"])
-        return [
-            dict(
-                old, format=FORMAT, settings=settings, spec=spec_of(settings), health=health, host_port=0, slot=SLOTS[1]
-            )
-        ]
+        proven = self.store.read("release.json", OLD_FORMAT) or {}
+        adopted = dict(
+            old,
+            format=FORMAT,
+            settings=settings,
+            spec=spec_of(settings),
+            health=dict(health_of(self.params), **old["health"]),
+            host_port=0,
+            slot=SLOTS[1],
+        )
+        if proven.get("release") == old["release"]:
+            adopted["since"] = proven.get("since", "")
+        return [adopted]
 
     def finish(self, journal: Record) -> None:
         """After the commitment: the old release ends in peace, and nothing is left that no kept release needs."""
         self.look()
+        current = self.record
+        if current and self.public:
+            self.proxy.switch(self.public, current["slot"], self.ports)  # the old one no longer stands by
         for release, box in sorted(self.boxes.items()):
             entry = self.find(release)
             if entry and release != self.current and (box.running or box.status == "restarting"):
@@ -964,7 +983,7 @@ class Releaser:
             if self.clock() >= until:
                 self.say("%d requests in the time of its watch, %d failed" % (total, errors))
                 return
-            self.sleep(min(1.0, max(0.05, until - self.clock())))
+            self.sleep(min(0.5, max(0.05, until - self.clock())))
 
     # -- before anything is touched
 

@@ -37,11 +37,12 @@ Ports = dict[str, int]
 ProxySettings = dict[str, Any]
 
 SLOTS = ("a", "b")
+WEIGHT = 256  # of the release that answers; the one that stands by while it is watched has 1
 HEADER = "# Written by nemo.platform.container_release; the next run writes it again."
 
 CONFIGURATION = """{header}
 global
-    description "${{NEMO_UNIT}} {identity}"
+    description "{identity}"
     log stdout format raw daemon
     user {user}
     group {user}
@@ -82,7 +83,7 @@ SOCKET = """{header}
 Description=Public port of {name}
 
 [Socket]
-ListenStream={address}:{port}
+ListenStream={address}
 Backlog=4096
 FreeBind=true
 TriggerLimitIntervalSec=0
@@ -100,13 +101,15 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=notify
-Environment=NEMO_FD=3 NEMO_UNIT={identity}
+Environment=NEMO_FD=3
 RuntimeDirectory={unit}
 ExecStart={binary} -Ws -f {configuration} -p /run/{unit}/pid -S {master},mode,600
 ExecReload=/bin/kill -USR2 $MAINPID
 KillMode=mixed
 KillSignal=SIGUSR1
-TimeoutStopSec={hard_stop}
+# A restart answers what was asked, and lets new connections wait, for so long at most.
+TimeoutStopSec=20
+SuccessExitStatus=143
 Restart=always
 RestartSec=100ms
 LimitNOFILE=65536
@@ -187,7 +190,7 @@ class HAProxy:
         lines = text(short(text("")))
         for slot in SLOTS:
             state = "" if slot == active else " disabled"
-            lines += "    server %s 127.0.0.1:%d%s\n" % (slot, ports.get(slot) or 1, state)
+            lines += "    server %s 127.0.0.1:%d weight %d%s\n" % (slot, ports.get(slot) or 1, WEIGHT, state)
         return lines
 
     @staticmethod
@@ -195,29 +198,16 @@ class HAProxy:
         return int(settings["timeout"]) + int(settings["keep_alive"])
 
     def unit_files(self, settings: ProxySettings) -> dict[str, str]:
-        def service(identity: str) -> str:
-            return SERVICE.format(
-                header=HEADER,
-                name=self.name,
-                unit=self.unit,
-                identity=identity,
-                binary=self.binary,
-                configuration=self.configuration,
-                master=self.master,
-                hard_stop=self.hard_stop(settings),
-            )
-
-        address = settings["address"]
-        port = SOCKET.format(
+        service = SERVICE.format(
             header=HEADER,
             name=self.name,
-            address="[%s]" % address if ":" in address else address,
-            port=settings["port"],
+            unit=self.unit,
+            binary=self.binary,
+            configuration=self.configuration,
+            master=self.master,
         )
-        return {
-            "%s.socket" % self.unit: port,
-            "%s.service" % self.unit: service(short(port + service(""))),
-        }
+        socket_ = SOCKET.format(header=HEADER, name=self.name, address=self.address(settings))
+        return {"%s.socket" % self.unit: socket_, "%s.service" % self.unit: service}
 
     @staticmethod
     def read(path: str) -> str | None:
@@ -293,30 +283,28 @@ class HAProxy:
         found = re.search(r"^description: (.*)$", text, re.MULTILINE)
         return found.group(1).strip() if found else None
 
-    def identity(self, settings: ProxySettings) -> tuple[str, str]:
-        """What a process that is up to date says of its unit and of its configuration."""
-        unit = self.unit_files(settings)["%s.service" % self.unit]
-        text = self.render(settings, "a", {})
-        first = re.search(r"NEMO_UNIT=(\w+)", unit)
-        second = re.search(r'NEMO_UNIT\} (\w+)"', text)
-        assert first
-        assert second
-        return first.group(1), second.group(1)
+    def identity(self, settings: ProxySettings) -> str:
+        """What a process that has read the present configuration says of itself."""
+        found = re.search(r'^    description "(\w+)"', self.render(settings, "a", {}), re.MULTILINE)
+        assert found
+        return found.group(1)
 
-    def serves(self, active: str, port: int) -> bool:
-        """Whether every worker sends what comes to this release alone."""
+    def serves(self, active: str, port: int, standby: bool = False) -> bool:
+        """Whether every worker sends what comes to this release; with a standby, nearly all of it."""
         try:
             workers = self.workers()
-            return bool(workers) and all(self._leads(worker, active, port) for worker in workers)
+            return bool(workers) and all(self._leads(worker, active, port, standby) for worker in workers)
         except OSError:
             return False
 
-    def _leads(self, worker: str, active: str, port: int) -> bool:
+    def _leads(self, worker: str, active: str, port: int, standby: bool) -> bool:
         for name, row in self.servers(worker).items():
             if name not in SLOTS:
                 continue
-            open_ = not row["status"].startswith(("MAINT", "DRAIN"))
-            if open_ != (name == active):
+            ready = not row["status"].startswith(("MAINT", "DRAIN"))
+            if ready != (name == active or standby):
+                return False
+            if ready and row["weight"] != str(WEIGHT if name == active else 1):
                 return False
             if name == active and row["addr"] != "127.0.0.1:%d" % port:
                 return False
@@ -332,7 +320,7 @@ class HAProxy:
         running = self.running()
         if running is None:
             return "HAProxy does not run"
-        if running != "%s %s" % self.identity(settings):
+        if running != self.identity(settings):
             return "HAProxy runs with an older configuration"
         if not self.serves(active, ports[active]):
             return "HAProxy leads elsewhere"
@@ -350,7 +338,7 @@ class HAProxy:
             rc, out, err = self.execute(
                 (str(self.binary), "-Ws", "-c", "-q", "-f", draft),
                 (stand_in.fileno(),),
-                {"NEMO_FD": str(stand_in.fileno()), "NEMO_UNIT": "draft"},
+                {"NEMO_FD": str(stand_in.fileno())},
             )
         os.unlink(draft)
         if rc:
@@ -364,28 +352,30 @@ class HAProxy:
         difference = self.difference(settings, active, ports)
         if not difference:
             return ""
-        files = dict(self.unit_files(settings).items())
-        stale = {name for name, text in files.items() if self.read(os.path.join(self.units, name)) != text}
+        bound = self.bound()
+        elsewhere = bound != self.address(settings)
+        if elsewhere and bound.rpartition(":")[2] != str(settings["port"]):
+            self.need_port(settings)
         text = self.render(settings, active, ports)
         if self.read(self.configuration) != text:
             self.validate(text)
             self.write(self.configuration, text)
-        for name in sorted(stale):
+        files = self.unit_files(settings)
+        stale = [name for name in sorted(files) if self.read(os.path.join(self.units, name)) != files[name]]
+        for name in stale:
             self.write(os.path.join(self.units, name), files[name])
-        running = self.running()
-        unit, configuration = self.identity(settings)
         sockets, service = "%s.socket" % self.unit, "%s.service" % self.unit
-        if stale or running is None or not running.startswith(unit):
+        running = self.running()
+        if stale or running is None or elsewhere:
             self.call("systemd cannot read the new units", "systemctl", "daemon-reload")
-            if self.bound() != self.address(settings):
-                # another port: nobody who knows the old one can be kept
+            if elsewhere and bound:
+                # another public address: nobody who knows the old one can be kept
                 self.call("%s cannot be stopped" % self.unit, "systemctl", "stop", service, sockets)
-                self.need_port(settings)
+                running = None
             self.call("%s cannot be enabled" % self.unit, "systemctl", "--quiet", "enable", sockets, service)
             self.call("the public port cannot be opened", "systemctl", "start", sockets)
-            again = running is not None and not running.startswith(unit)
-            self.call("HAProxy cannot be started", "systemctl", "restart" if again else "start", service)
-        elif running != "%s %s" % (unit, configuration):
+            self.call("HAProxy cannot be started", "systemctl", "start", service)
+        if running is not None and running != self.identity(settings):
             self.call("HAProxy cannot be reloaded", "systemctl", "reload", service)
         self.wait_for(settings)
         self.lead(active, ports)
@@ -410,7 +400,7 @@ class HAProxy:
             raise ReleaseError("port_taken", "port %d is taken by %s" % (settings["port"], holder))
 
     def wait_for(self, settings: ProxySettings, limit: float = 15) -> None:
-        wanted = "%s %s" % self.identity(settings)
+        wanted = self.identity(settings)
         until = self.clock() + limit
         while self.running() != wanted:
             if self.clock() > until:
@@ -419,29 +409,35 @@ class HAProxy:
                 )
             self.sleep(0.1)
 
-    def switch(self, settings: ProxySettings, active: str, ports: Ports) -> None:
-        """From one release to the other, in the file first, then in the process that runs."""
+    def switch(self, settings: ProxySettings, active: str, ports: Ports, standby: bool = False) -> None:
+        """From one release to the other, in the file first, then in the process that runs.
+
+        With a standby, the other release gets what the new one does not accept, and one request in a few hundred.
+        """
         text = self.render(settings, active, ports)
         if self.read(self.configuration) != text:
             self.validate(text)
             self.write(self.configuration, text)
-        self.lead(active, ports)
+        self.lead(active, ports, standby)
 
-    def lead(self, active: str, ports: Ports, limit: float = 15) -> None:
+    def lead(self, active: str, ports: Ports, standby: bool = False, limit: float = 15) -> None:
         """Tell every worker; one that is just being started again has read the file."""
         other = SLOTS[1 - SLOTS.index(active)]
         until = self.clock() + limit
-        while not self.serves(active, ports[active]):
+        while not self.serves(active, ports[active], standby):
             try:
                 workers = self.workers()
                 for worker in workers:
                     self.tell(worker, "set server release/%s addr 127.0.0.1 port %d" % (active, ports[active]))
+                    self.tell(worker, "set server release/%s weight %d" % (active, WEIGHT))
                     self.tell(worker, "set server release/%s state ready" % active)
                 self.after("proxy ready")
                 for worker in workers:
-                    self.tell(worker, "set server release/%s state drain" % other)
+                    if standby:
+                        self.tell(worker, "set server release/%s weight 1" % other)
+                    self.tell(worker, "set server release/%s state %s" % (other, "ready" if standby else "drain"))
                 self.after("proxy drain")
-                if self.serves(active, ports[active]):
+                if self.serves(active, ports[active], standby):
                     return
             except OSError:
                 pass
@@ -491,6 +487,7 @@ class HAProxy:
             os.unlink(path)
             self.after("delete %s" % os.path.basename(path))
         self.call("systemd cannot forget the units", "systemctl", "daemon-reload")
+        self.execute(("systemctl", "reset-failed", "%s.service" % self.unit), (), {})  # fails where nothing failed
         return True
 
     # -- the way from a container that holds the public port itself
@@ -524,7 +521,6 @@ class HAProxy:
                 "--property=KillMode=mixed",
                 "--property=KillSignal=SIGUSR1",
                 "--property=TimeoutStopSec=%d" % self.hard_stop(settings),
-                "--setenv=NEMO_UNIT=detour",
                 str(self.binary),
                 "-Ws",
                 "-f",

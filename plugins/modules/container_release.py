@@ -62,8 +62,8 @@ options:
     default: beside
   intent:
     description:
-      - V(deploy) releases what is asked for. V(converge) is for runs over the whole site - a release that is pinned, or whose tag is of the
-        same kind and newer, stays, with the settings that are asked for.
+      - V(deploy) releases what is asked for. V(converge) is for runs over the whole site - a release that is pinned, or that was made with
+        V(deploy) and has a newer tag of the same kind, stays, with the settings that are asked for.
     type: str
     choices: [deploy, converge]
     default: deploy

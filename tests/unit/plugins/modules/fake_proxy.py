@@ -78,8 +78,8 @@ class FakeProxy:
             self.put(settings, active, ports, opening=True)
         return different
 
-    def switch(self, settings: dict[str, Any], active: str, ports: dict[str, int]) -> None:
-        self.calls.append("switch")
+    def switch(self, settings: dict[str, Any], active: str, ports: dict[str, int], standby: bool = False) -> None:
+        self.calls.append("switch with standby" if standby else "switch")
         self.put(settings, active, ports)
 
     def put(self, settings: dict[str, Any], active: str, ports: dict[str, int], opening: bool = False) -> None:

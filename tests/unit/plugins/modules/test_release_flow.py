@@ -83,7 +83,7 @@ def test_a_switch_is_no_reload(world: World) -> None:
     world.release(1)
     world.proxy.calls.clear()
     world.release(2)
-    assert world.proxy.calls == ["switch"]
+    assert world.proxy.calls == ["switch with standby", "switch"]
 
 
 def test_old_releases_go_and_so_do_images_that_no_kept_release_needs(world: World) -> None:
@@ -615,12 +615,18 @@ def test_the_site_leaves_a_newer_release_alone(world: World) -> None:
     world.release(2)
     done = world.release(1, intent="converge")
     assert not done.changed
-    assert "newer than" in done.kept
+    assert "is newer than" in done.kept
     world.expect_settled(TWO)
     world.release(1)
     world.expect_settled(ONE)
     world.release(2, intent="converge")
     world.expect_settled(TWO)
+
+
+def test_the_site_goes_where_the_registry_goes_with_what_it_released_itself(world: World) -> None:
+    world.release(2, intent="converge")
+    world.release(1, intent="converge")
+    world.expect_settled(ONE)
 
 
 def test_the_site_leaves_a_rollback_and_a_pinned_hotfix_alone(world: World) -> None:
