@@ -571,7 +571,8 @@ class Releaser:
         """From proven to committed; every step can be repeated."""
         try:
             self.take_over(journal)
-            self.bake(journal["record"])
+            if journal["from"] or journal["legacy"]:  # else there is nothing to turn back to
+                self.bake(journal["record"])
             self.commit(journal)
         except (ReleaseError, OSError) as error:
             self.back_out(journal, error)
