@@ -733,7 +733,10 @@ class Releaser:
         if journal["legacy"] and self.legacy:
             self.docker.remove(self.name, volumes=bool(self.legacy.record))
             self.legacy = None
-        kept = self.releases[: 1 + self.params["keep"]]
+        # the same image with the same settings is nothing to roll back to
+        others = [entry for entry in self.releases if entry["release"] != self.current]
+        others = [entry for entry in others if not current or entry["spec"] != current["spec"]]
+        kept = [entry for entry in self.releases if entry["release"] == self.current] + others[: self.params["keep"]]
         if len(kept) < len(self.releases):
             self.releases = kept
             self.save()

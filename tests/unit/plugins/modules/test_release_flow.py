@@ -95,6 +95,15 @@ def test_old_releases_go_and_so_do_images_that_no_kept_release_needs(world: Worl
     assert {entry["digest"] for entry in world.engine.load()["images"]} == {image(2)["digest"], image(4)["digest"]}
 
 
+def test_the_same_again_is_nothing_to_roll_back_to(world: World) -> None:
+    world.release(1)
+    world.release(2)
+    world.rollback()
+    world.release(2, force=True)
+    world.expect_settled(TWO)
+    assert world.kept() == [TWO, ONE]
+
+
 def test_prune_leaves_what_another_service_or_repository_needs(world: World) -> None:
     world.engine.push("prod-0", image(9))
     other = image(8, repository="registry/other")
