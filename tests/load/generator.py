@@ -156,18 +156,17 @@ async def client(kind: str, target: argparse.Namespace, outcome: Outcome, stop: 
 
 
 async def run(target: argparse.Namespace) -> Outcome:
-    """All clients until the time is over, the number of requests is reached, or SIGTERM."""
+    """All clients until the time is over or SIGTERM, but not before the number of requests is reached."""
     outcome, stop = Outcome(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     kinds = ["keep"] * target.keep + ["new"] * target.new + ["slow"] * target.slow
-    tasks = [asyncio.create_task(client(kind, target, outcome, stop, at)) for at, kind in enumerate(kinds)]
+    over = asyncio.Event()
+    tasks = [asyncio.create_task(client(kind, target, outcome, over, at)) for at, kind in enumerate(kinds)]
     limit = time.monotonic() + target.seconds
-    while not stop.is_set() and time.monotonic() < limit:
-        if target.requests and sum(outcome.done.values()) >= target.requests:
-            break
+    while sum(outcome.done.values()) < target.requests or (not stop.is_set() and time.monotonic() < limit):
         await asyncio.sleep(0.05)
-    stop.set()
+    over.set()
     await asyncio.gather(*tasks)
     return outcome
 
@@ -179,7 +178,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--slow-path", default="/v1/slow?seconds=")
     parser.add_argument("--slow-seconds", default="4")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--requests", type=int, default=0, help="end when so many were answered")
+    parser.add_argument("--requests", type=int, default=0, help="do not end before so many were answered")
     parser.add_argument("--keep", type=int, default=8, help="clients that keep their connection")
     parser.add_argument("--new", type=int, default=4, help="clients that make a connection for each request")
     parser.add_argument("--slow", type=int, default=2, help="clients whose answers take seconds")

@@ -2,7 +2,8 @@
 
 It runs in the test's process (``FakeDocker(path).run(argv)``) and as a ``docker`` command (``python fake_docker.py``
 with the path in FAKE_DOCKER). An image's behaviour decides what a container of it does: ``healthy``, ``unhealthy``,
-``crash`` (ends at once), ``loop`` (restarts for ever), ``slow:N`` (healthy at the Nth question), ``nostart``.
+``crash`` (ends at once), ``loop`` (restarts for ever), ``slow:N`` (healthy from the Nth question on), ``fades:N`` (until then),
+``nostart``.
 """
 
 from __future__ import annotations
@@ -78,8 +79,7 @@ class FakeDocker:
             if entry["status"] == "running" and entry["port"] == port:
                 entry["asked"] += 1
                 self.save(state)
-                behaviour, _colon, number = entry["behaviour"].partition(":")
-                if behaviour == "healthy" or (behaviour == "slow" and entry["asked"] >= int(number)):
+                if self.is_healthy(entry):
                     return None
                 return "it answered 503, not 200"
         return "connection refused"
@@ -87,6 +87,15 @@ class FakeDocker:
     def listener(self, port: int) -> str | None:
         held = any(entry["status"] == "running" and entry["port"] == port for entry in self.containers().values())
         return "process 1 (docker-proxy)" if held else None
+
+    @staticmethod
+    def is_healthy(entry: dict[str, Any]) -> bool:
+        behaviour, _colon, number = entry["behaviour"].partition(":")
+        return (
+            behaviour == "healthy"
+            or (behaviour == "slow" and entry["asked"] >= int(number))
+            or (behaviour == "fades" and entry["asked"] < int(number))
+        )
 
     # the engine
 

@@ -135,10 +135,8 @@ class World:
         """The tag that a client of the public port is answered by, None where it is not answered well."""
         target = self.proxy.leads_to(PORT)
         for entry in self.engine.containers().values():
-            if entry["status"] == "running" and entry["port"] == target:
-                behaviour, _colon, number = entry["behaviour"].partition(":")
-                if behaviour == "healthy" or (behaviour == "slow" and entry["asked"] >= int(number)):
-                    return str(entry["labels"].get("nemo.tag", "other"))
+            if entry["status"] == "running" and entry["port"] == target and self.engine.is_healthy(entry):
+                return str(entry["labels"].get("nemo.tag", "other"))
         return None
 
     def expect_settled(self, *tags: str) -> None:

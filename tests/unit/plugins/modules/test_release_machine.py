@@ -21,8 +21,8 @@ from ansible_collections.nemo.platform.plugins.module_utils import container_rel
 from tests.unit.plugins.modules.fake_docker import image
 from tests.unit.plugins.modules.release_world import TAGS, World
 
-GOOD, BAD = (1, 2, 4), (3, 5, 6)
-ALL_TAGS = {**TAGS, 5: "prod-20260101-0005", 6: "prod-20260101-0006"}
+GOOD, BAD = (1, 2, 4), (3, 5, 6, 7)
+ALL_TAGS = {**TAGS, 5: "prod-20260101-0005", 6: "prod-20260101-0006", 7: "prod-20260101-0007"}
 NUMBERS = {tag: number for number, tag in ALL_TAGS.items()}
 
 
@@ -40,6 +40,7 @@ class Releases(RuleBasedStateMachine):
         self.world = World(self.folder)
         self.world.engine.push(ALL_TAGS[5], image(5, "crash"))
         self.world.engine.push(ALL_TAGS[6], image(6, "loop"))
+        self.world.engine.push(ALL_TAGS[7], image(7, "fades:7"))  # healthy until it is watched
         self.served = False  # whether a healthy release has ever answered
         self.expected: set[str] = set()  # the tags that may answer now
         self.interrupted = False
@@ -90,6 +91,8 @@ class Releases(RuleBasedStateMachine):
     )
     def release(self, number: int, kill_at: int | None, strategy: str, memory: str, force: bool) -> None:
         before = self.world.answering()
+        if number == 7 and not before:
+            number = 3  # a first release is not watched
         ended = self.run(kill_at, number=number, strategy=strategy, memory=memory, force=force)
         tag = ALL_TAGS[number]
         now = self.world.answering()
@@ -149,10 +152,12 @@ class Releases(RuleBasedStateMachine):
 
 Releases.TestCase.settings = hypothesis.settings(
     max_examples=int(os.environ.get("NEMO_EXAMPLES", "60")),
-    stateful_step_count=12,
+    stateful_step_count=40,
     deadline=None,
     derandomize="NEMO_EXAMPLES" not in os.environ,
     database=None,
+    # a failing example is shown as it was found: making it smaller takes minutes, and the steps are few
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 TestReleases = Releases.TestCase
