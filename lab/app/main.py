@@ -1,6 +1,7 @@
 """The lab's AI service: small, but a real FastAPI application that can be made to fail on purpose.
 
-LAB_BEHAVIOUR, baked into the image, says how: healthy, unhealthy, crash, crash-later, slow-start, hang or stubborn.
+LAB_BEHAVIOUR, baked into the image, says how: healthy, unhealthy, crash, crash-later, slow-start, hang, stubborn, errors (to
+every second request but those for its health) or leak (memory with each request).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Awaitable, Callable
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -20,7 +22,23 @@ DELAY = float(os.environ.get("LAB_DELAY", "15"))  # seconds that slow-start take
 SECRETS = pathlib.Path("/run/secrets")
 STARTED = time.monotonic()
 
+LEAKED: list[bytearray] = []
+COUNT = 0
+
 app = FastAPI(title="nemo lab AI service")
+
+
+@app.middleware("http")
+async def misbehave(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    """What only shows with traffic: the service says that it is well."""
+    global COUNT  # noqa: PLW0603 - one process, one event loop
+    if request.url.path != "/health":
+        COUNT += 1
+        if BEHAVIOUR == "errors" and COUNT % 2:
+            return Response("the model gave no answer", status_code=500)
+        if BEHAVIOUR == "leak":
+            LEAKED.append(bytearray(1 << 20))
+    return await call_next(request)
 
 
 def release() -> dict[str, str]:
@@ -50,6 +68,13 @@ def index() -> dict[str, object]:
 @app.get("/v1/echo")
 def echo(text: str = "") -> dict[str, str]:
     return {"text": text}
+
+
+@app.get("/v1/slow")
+def slow(seconds: float = 4) -> dict[str, object]:
+    """An answer that takes its time, as those of a model do."""
+    time.sleep(min(seconds, 60))
+    return {"slept": seconds, **release()}
 
 
 @app.post("/v1/echo")

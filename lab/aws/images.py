@@ -26,7 +26,9 @@ from lab.settings import CACHE, LABEL, STATE
 
 REPOSITORY = "ai"
 APPLICATION = pathlib.Path(__file__).resolve().parent.parent / "app" / "main.py"
-BEHAVIOURS = ("healthy", "unhealthy", "crash", "crash-later", "slow-start", "hang", "stubborn")
+BEHAVIOURS = (
+    "healthy", "unhealthy", "crash", "crash-later", "slow-start", "hang", "stubborn", "errors", "leak",
+)  # fmt: skip
 USER = 10001
 
 # What is there from the start: the newest of each kind well-formed and healthy, older ones, and what people push by

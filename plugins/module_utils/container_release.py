@@ -1,18 +1,9 @@
 # Copyright: the nemo.platform authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Releases of one service on one host, by the docker command line alone.
+"""What releases are made of: what is asked for, the host's files and locks, the engine by its command line, and probes.
 
-Three container names and two small files carry the whole state, so that a run that was killed anywhere is finished or
-undone by the next one:
-
-``NAME``           the container that serves, or that is being proven
-``NAME.next``      created, never started
-``NAME.previous``  the one that served until now, kept until the new one is proven
-``release.json``   the release that was proven last; writing it is the moment of commitment
-``transition.json`` there while a switch is under way
-
-Nothing here may rely on a ``finally`` clause or an exception handler to leave the host in order: SIGKILL runs neither.
+How a release is made of them stands in ``release_flow``, what leads traffic to it in ``release_proxy``.
 """
 
 from __future__ import annotations
@@ -34,9 +25,10 @@ from typing import Any, Callable, NamedTuple, NoReturn, Optional
 Record = dict[str, Any]
 Settings = dict[str, Any]
 Runner = Callable[[Sequence[str]], tuple[int, str, str]]
-Prober = Callable[[str, int, str, int, float], Optional[str]]
+Prober = Callable[[str, int, "Question", float], Optional[str]]
 
-FORMAT = 1
+FORMAT = 2
+OLD_FORMAT = 1  # of releases that held the public port themselves
 MINIMUM_MEMORY = 64 * 1024 * 1024
 RESERVED_ENVIRONMENT = ("IMAGE_TAG", "IMAGE_DIGEST", "RELEASE_ID")
 LOG_LINES = 20
@@ -47,7 +39,14 @@ ADVICE = {
     "docker_missing": "Install Docker Engine first (role nemo.platform.docker_engine).",
     "engine_down": "Start it and look at its journal: systemctl status docker; journalctl -u docker -n 50.",
     "lock": "Wait for that run to end, then run again.",
-    "memory": "Lower the service's memory, or move it to a larger host.",
+    "bake": "Read the log lines of the failed release. It was healthy, and then failed with real traffic: mend it, and"
+    " release it under a new tag, or with force.",
+    "failed_before": "Release a newer image. To try this one again all the same, set force (-e force=true).",
+    "memory": "Lower the service's memory, free memory on the host, or let the old release stop before the new one starts:"
+    " strategy stop-start.",
+    "no_release": "Name one of the releases that this host has kept; playbooks/releases.yml lists them.",
+    "proxy": "Look at its journal: journalctl -u 'nemo-proxy-*' -n 50. The release that answered before still does.",
+    "proxy_missing": "Install HAProxy on this host first: it owns the service's public port (role container_service does).",
     "no_space": "Free space on this host: docker system df; docker image prune; journalctl --vacuum-size=200M.",
     "not_found": "Check the repository and the tag: it was never pushed, or a lifecycle rule has removed it.",
     "platform": "Build and push the image for this host's platform.",
@@ -129,6 +128,14 @@ def parse_size(value: str) -> int:
     return int(float(match.group(1)) * 1024 ** "bkmgt".index(match.group(2) or "b"))
 
 
+def port_range(value: str) -> range:
+    """The ports of a range such as 20000-20999. ValueError when it is none."""
+    match = re.match(r"^(\d+)-(\d+)$", value)
+    if not match or not 1024 <= int(match.group(1)) <= int(match.group(2)) <= 65535:
+        raise ValueError(value)
+    return range(int(match.group(1)), int(match.group(2)) + 1)
+
+
 def environment_text(value: Any) -> str:
     if value is None:
         return ""
@@ -153,7 +160,7 @@ def check_request(params: Mapping[str, Any]) -> list[str]:
         bool(re.match(r"^[a-z0-9][a-z0-9_-]{0,62}$", params["name"])),
         "lower-case letters, digits, - and _, at most 63 of them",
     )
-    if params["state"] == "absent":
+    if params["state"] != "present":
         return wrong
     image = params.get("image") or ""
     need(
@@ -188,6 +195,16 @@ def check_request(params: Mapping[str, Any]) -> list[str]:
     for name, least in (
         ("health_status", 100),
         ("health_timeout", 1),
+        ("settle_time", 0),
+        ("bake_time", 0),
+        ("bake_min_requests", 1),
+        ("drain_timeout", 0),
+        ("keep", 1),
+        ("reserve_memory_mb", 0),
+        ("proxy_timeout", 1),
+        ("proxy_keep_alive", 1),
+        ("proxy_max_connections", 10),
+        ("proxy_retries", 0),
         ("pids_limit", 1),
         ("log_max_file", 1),
         ("pull_timeout", 1),
@@ -197,6 +214,14 @@ def check_request(params: Mapping[str, Any]) -> list[str]:
     ):
         need(name, params[name] >= least, "%d or more" % least)
     need("health_interval", params["health_interval"] > 0, "more than 0 seconds")
+    need("bake_error_percent", 0 <= params["bake_error_percent"] <= 100, "0 to 100")
+    smoke = params.get("smoke") or {}
+    if smoke and not str(smoke.get("path") or "").startswith("/"):
+        wrong.append("smoke.path is %r; allowed: a path that begins with /" % smoke.get("path"))
+    try:
+        port_range(params["release_ports"])
+    except ValueError:
+        need("release_ports", False, "two ports of 1024 to 65535 with - between them, such as 20000-20999")
     for kind in ("environment", "secrets"):
         for name, value in (params[kind] or {}).items():
             label = "%s.%s" % (kind, name)
@@ -219,8 +244,6 @@ def settings_of(params: Mapping[str, Any], digest: str | None, secrets_revision:
         "image": params["image"],
         "tag": params["tag"],
         "digest": digest,
-        "bind_address": params["bind_address"],
-        "port": params["port"],
         "container_port": params["container_port"] or params["port"],
         "network": params["network"] or "",
         "environment": {key: environment_text(value) for key, value in (params["environment"] or {}).items()},
@@ -243,12 +266,42 @@ def spec_of(settings: Settings) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+class Question(NamedTuple):
+    """One request, and what a good answer to it is."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: str
+    status: int
+    contains: str
+
+    @property
+    def text(self) -> str:
+        return "%s %s" % (self.method, self.path)
+
+
+def question_of(data: Mapping[str, Any]) -> Question:
+    return Question(
+        str(data.get("method") or "GET"),
+        str(data["path"]),
+        {str(key): str(value) for key, value in (data.get("headers") or {}).items()},
+        str(data.get("body") or ""),
+        int(data.get("status") or 200),
+        str(data.get("contains") or ""),
+    )
+
+
 def health_of(params: Mapping[str, Any]) -> Record:
+    """How a release is proven: kept with it, so that a rollback proves it in the same way."""
     return {
         "path": params["health_path"],
         "status": params["health_status"],
+        "contains": params["health_contains"] or "",
         "timeout": params["health_timeout"],
         "interval": params["health_interval"],
+        "settle": params["settle_time"],
+        "smoke": params["smoke"] or {},
     }
 
 
@@ -274,7 +327,8 @@ def create_arguments(name: str, reference: str, record: Record, secrets_path: st
         arguments += ["--tmpfs", mount if ":" in mount else "%s:rw,nosuid,nodev,mode=1777" % mount]
     if wanted["network"]:
         arguments += ["--network", wanted["network"]]
-    arguments += ["--publish", "%s:%d:%d" % (wanted["bind_address"], wanted["port"], wanted["container_port"])]
+    # On the loopback address: HAProxy owns the public one.
+    arguments += ["--publish", "127.0.0.1:%d:%d" % (record["host_port"], wanted["container_port"])]
     if secrets_path:
         # Z gives the files the container's own label where SELinux is on, and does nothing elsewhere.
         arguments += ["--volume", "%s:/run/secrets:ro,Z" % secrets_path]
@@ -291,6 +345,27 @@ def create_arguments(name: str, reference: str, record: Record, secrets_path: st
 # -- the host's files -------------------------------------------------------------------------------------------------
 
 
+def sync_folder(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: str, text: str, mode: int) -> None:
+    """The whole new text or the whole old one, after a loss of power too."""
+    temporary = "%s.tmp" % path
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fchmod(stream.fileno(), mode)
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    sync_folder(os.path.dirname(path))
+
+
 class Store:
     """The files of one service: every write is atomic and durable, every removal can be repeated."""
 
@@ -305,30 +380,22 @@ class Store:
         self.run_path = run_path
         self.after = after  # a test's place to kill the run
 
-    def read(self, what: str) -> Record | None:
-        return self._read(os.path.join(self.base, what))
+    def read(self, what: str, form: int = FORMAT) -> Record | None:
+        return self._read(os.path.join(self.base, what), form)
 
     @staticmethod
-    def _read(path: str) -> Record | None:
+    def _read(path: str, form: int = FORMAT) -> Record | None:
         try:
             with open(path, encoding="utf-8") as stream:
                 data = json.load(stream)
         except (OSError, ValueError):
             return None
-        return data if isinstance(data, dict) and data.get("format") == FORMAT else None
+        return data if isinstance(data, dict) and data.get("format") == form else None
 
     def write(self, what: str, data: Record) -> None:
         self._directory(self.base, 0o700)
-        path = os.path.join(self.base, what)
-        temporary = "%s.tmp" % path
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(data, stream, indent=2, sort_keys=True)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        self._sync(self.base)
+        text = json.dumps(dict(data, format=FORMAT), indent=2, sort_keys=True)
+        replace_file(os.path.join(self.base, what), text + "\n", 0o600)
         self.after("write %s" % what)
 
     def delete(self, what: str) -> None:
@@ -349,11 +416,7 @@ class Store:
 
     @staticmethod
     def _sync(path: str) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(path)
 
     # secrets
 
@@ -403,6 +466,7 @@ class Store:
             return None
         uid, _colon, gid = user.partition(":")
         folder = os.path.join(self.releases, release, "secrets")
+        self.delete_release(release)  # what a killed run may have written half
         self._directory(folder, 0o700)
         for name in sorted(values):
             path = os.path.join(folder, name)
@@ -430,8 +494,10 @@ class Store:
             return set()
 
     def delete_release(self, release: str) -> None:
-        shutil.rmtree(os.path.join(self.releases, release), ignore_errors=True)
-        self.after("delete secrets")
+        path = os.path.join(self.releases, release)
+        if os.path.isdir(path):
+            shutil.rmtree(path, ignore_errors=True)
+            self.after("delete secrets")
 
     def delete_all(self) -> bool:
         existed = os.path.isdir(self.base)
@@ -448,11 +514,26 @@ class Store:
         except OSError:
             return needed
         for service in services:
-            record = self._read(os.path.join(self.root, service, "release.json"))
-            for entry in (record, (record or {}).get("previous")):
-                if entry:
-                    needed.add(entry.get("image_id", ""))
+            folder = os.path.join(self.root, service)
+            state = self._read(os.path.join(folder, "state.json")) or {}
+            entries = list(state.get("releases") or [])
+            entries.append((self._read(os.path.join(folder, "transition.json")) or {}).get("record"))
+            old = self._read(os.path.join(folder, "release.json"), OLD_FORMAT)
+            entries += [old, (old or {}).get("previous")]
+            needed.update(entry.get("image_id", "") for entry in entries if entry)
         return needed - {""}
+
+    def used_ports(self) -> set[int]:
+        """Ports of this host that a recorded release of any service has."""
+        used: set[int] = set()
+        try:
+            services = os.listdir(self.root)
+        except OSError:
+            return used
+        for service in services:
+            state = self._read(os.path.join(self.root, service, "state.json")) or {}
+            used.update(int(entry.get("host_port") or 0) for entry in state.get("releases") or [])
+        return used
 
 
 class Lock:
@@ -519,6 +600,8 @@ class Container(NamedTuple):
     error: str
     labels: dict[str, str]
     ports: set[int]
+    memory: int
+    image: str
 
     @property
     def record(self) -> Record | None:
@@ -527,7 +610,7 @@ class Container(NamedTuple):
             data = json.loads(self.labels.get("nemo.record", ""))
         except ValueError:
             return None
-        return data if isinstance(data, dict) and data.get("format") == FORMAT else None
+        return data if isinstance(data, dict) else None
 
     @property
     def release(self) -> str:
@@ -554,6 +637,8 @@ class Container(NamedTuple):
             error=state.get("Error") or "",
             labels=(data.get("Config") or {}).get("Labels") or {},
             ports=ports,
+            memory=int((data.get("HostConfig") or {}).get("Memory") or 0),
+            image=data.get("Image") or "",
         )
 
 
@@ -575,11 +660,21 @@ class Docker:
         return out
 
     def containers(self, names: Sequence[str]) -> dict[str, Container]:
+        if not names:
+            return {}
         rc, out, err = self.run(["docker", "container", "inspect", "--format", "{{json .}}"] + list(names))
         if rc and [line for line in err.splitlines() if line.strip() and "no such container" not in line.lower()]:
             self.fail("the containers cannot be inspected", err)
         found = [Container.parse(json.loads(line)) for line in out.splitlines() if line.startswith("{")]
         return {entry.name: entry for entry in found if entry.name in names}
+
+    def of_service(self, name: str | None) -> list[str]:
+        """Names of the containers that are releases of this service, or of any."""
+        label = "label=nemo.service=%s" % name if name else "label=nemo.service"
+        out = self.call(
+            "containers cannot be listed", "container", "ls", "--all", "--filter", label, "--format", "{{.Names}}"
+        )
+        return [line.strip() for line in out.splitlines() if line.strip()]
 
     def info(self) -> Record:
         data: Record = json.loads(self.call("the Docker Engine does not answer", "info", "--format", "{{json .}}"))
@@ -672,22 +767,40 @@ class Docker:
 # -- health and ports -------------------------------------------------------------------------------------------------
 
 
-def probe_http(address: str, port: int, path: str, status: int, timeout: float) -> str | None:
-    """One GET; None when it answers as it should, otherwise what was wrong."""
+def probe_http(address: str, port: int, question: Question, timeout: float) -> str | None:
+    """One request; None when it is answered as it should be, otherwise what was wrong."""
     connection = http.client.HTTPConnection(address, port, timeout=timeout)
     try:
-        connection.request("GET", path, headers={"User-Agent": "nemo-container-release", "Connection": "close"})
+        headers = {"User-Agent": "nemo-container-release", "Connection": "close"}
+        headers.update(question.headers)
+        connection.request(question.method, question.path, body=question.body.encode() or None, headers=headers)
         answer = connection.getresponse()
-        if answer.status == status:
-            return None
-        body = answer.read(80).decode("utf-8", "replace").strip()
-        return "it answered %d, not %d%s" % (answer.status, status, ": %s" % body.splitlines()[0] if body else "")
+        body = answer.read(1 << 20).decode("utf-8", "replace")
+        shown = body.strip().splitlines()[0][:80] if body.strip() else ""
+        if answer.status != question.status:
+            return "it answered %d, not %d%s" % (answer.status, question.status, ": %s" % shown if shown else "")
+        if question.contains not in body:
+            return "its answer does not contain %r%s" % (question.contains, ": %s" % shown if shown else "")
+        return None
     except OSError as error:
         return (error.strerror or str(error) or type(error).__name__).lower()
     except http.client.HTTPException as error:
         return "it answered what is not HTTP (%s)" % type(error).__name__
     finally:
         connection.close()
+
+
+def memory_now(meminfo: str = "/proc/meminfo") -> tuple[int, int]:
+    """Bytes of memory that there are, and that are free to use; zeros where the kernel does not say."""
+    values: dict[str, int] = {}
+    try:
+        with open(meminfo, encoding="ascii") as stream:
+            for line in stream:
+                name, _colon, rest = line.partition(":")
+                values[name] = int(rest.split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return values.get("MemTotal", 0), values.get("MemAvailable", 0)
 
 
 def listener(address: str, port: int, proc: str = "/proc") -> str | None:
@@ -730,480 +843,6 @@ def open_files(folder: str) -> set[str]:
         except OSError:
             continue  # closed in the meantime
     return found
-
-
-# -- the release itself -----------------------------------------------------------------------------------------------
-
-
-class Releaser:
-    """Brings one service to the wanted release, whatever an earlier run has left behind."""
-
-    def __init__(
-        self,
-        params: Mapping[str, Any],
-        docker: Docker,
-        store: Store,
-        by: str,
-        check_mode: bool = False,
-        probe: Prober = probe_http,
-        find_listener: Callable[[str, int], str | None] = listener,
-        sleep: Callable[[float], None] = time.sleep,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.params = params
-        self.docker = docker
-        self.store = store
-        self.by = by
-        self.check_mode = check_mode
-        self.probe = probe
-        self.find_listener = find_listener
-        self.sleep = sleep
-        self.clock = clock
-        self.name: str = params["name"]
-        self.next = "%s.next" % self.name
-        self.previous = "%s.previous" % self.name
-        self.changed = False
-        self.action = "none"
-        self.warnings: list[str] = []
-        self.before: Settings | None = None
-        self.after: Settings | None = None
-        self.record: Record | None = None
-        self.images_lock = Lock(store.images_lock_path)
-        self.server = ""
-        self.data_root = "/var/lib/docker"
-
-    # what stands on the host
-
-    def look(self) -> tuple[Container | None, Container | None, Container | None]:
-        found = self.docker.containers([self.name, self.next, self.previous])
-        return found.get(self.name), found.get(self.next), found.get(self.previous)
-
-    def lock_images(self) -> None:
-        """Until it is released, no other run removes an image."""
-        if not self.images_lock.acquire(self.params["lock_timeout"], shared=True):
-            text = "another run is removing images, and did not end in %s s (it holds %s)"
-            raise ReleaseError("lock", text % (self.params["lock_timeout"], self.images_lock.path))
-
-    def wanted(self, digest: str | None) -> Settings:
-        secrets = {key: environment_text(value) for key, value in (self.params["secrets"] or {}).items()}
-        return settings_of(self.params, digest, self.store.revision(secrets, create=not self.check_mode))
-
-    # the two states
-
-    def absent(self) -> None:
-        live, upcoming, previous = self.look()
-        record = self.store.read("release.json")
-        self.before = (record or (live.record if live else None) or {}).get("settings")
-        found = [entry for entry in (upcoming, previous, live) if entry]
-        if not found and not os.path.isdir(self.store.base):
-            return
-        self.changed, self.action = True, "removed"
-        if self.check_mode:
-            return
-        for entry in found:
-            if entry.running:
-                self.docker.stop(entry.name, self.params["stop_timeout"])
-            self.docker.remove(entry.name, volumes=bool(entry.record))
-        self.store.delete_all()
-        if self.params["image"]:
-            self.prune()
-
-    def present(self) -> None:
-        digest: str | None = self.params["digest"] or None
-        if self.check_mode:
-            self.predict(digest)
-            return
-        wanted = self.wanted(digest)
-        live, resume = self.recover(spec_of(wanted) if digest else None)
-        self.record = self.store.read("release.json")
-        self.before = self.record["settings"] if self.record else None
-        if live and live.record and resume:
-            self.after = wanted
-            self.switch(live.record)
-            return
-        if digest and live and live.spec == spec_of(wanted) and self.serves(live):
-            self.after = wanted
-            return
-        self.lock_images()
-        self.preflight(live)
-        image = self.fetch(digest)
-        if not digest:
-            digest = self.resolved(image)
-            wanted = self.wanted(digest)
-            if live and live.spec == spec_of(wanted) and self.serves(live):
-                self.after = wanted
-                return
-        self.after = wanted
-        record = self.new_record(wanted, image["Id"])
-        self.create(record, image)
-        self.images_lock.release()
-        self.switch(record)
-
-    def predict(self, digest: str | None) -> None:
-        """Check mode: look, and touch nothing."""
-        live, upcoming, previous = self.look()
-        self.record = self.store.read("release.json")
-        self.before = self.record["settings"] if self.record else None
-        if not digest and live and live.record and live.record["tag"] == self.params["tag"]:
-            digest = live.record["digest"]  # what the tag points at today is only known after a pull
-        self.after = self.wanted(digest)
-        interrupted = upcoming or previous or self.store.read("transition.json")
-        if not live:
-            self.changed, self.action = True, "recovered" if previous else "released"
-        elif live.spec != spec_of(self.after):
-            self.changed, self.action = True, "replaced"
-        elif (
-            interrupted
-            or not self.record
-            or self.record["release"] != live.release
-            or not live.running
-            or self.store.missing_secrets(live.release, self.after["secrets"])
-            or self.health_problem(self.after, health_of(self.params))
-        ):
-            self.changed, self.action = True, "recovered"
-
-    # what an interrupted run has left
-
-    def recover(self, spec: str | None) -> tuple[Container | None, bool]:
-        """Finish or undo what a killed run began. Says which container is live, and whether to go on proving it."""
-        live, upcoming, previous = self.look()
-        record = self.store.read("release.json")
-        journal = self.store.read("transition.json")
-        resume = came_back = False
-        if upcoming or previous or journal:
-            self.recovered("an earlier run was interrupted (%s); this one has put that in order" % self.story(journal))
-        if upcoming:
-            self.docker.remove(self.next)
-        if previous and live:
-            if record and live.release and record["release"] == live.release:
-                self.docker.remove(self.previous, volumes=bool(previous.record))  # only the tidying was missing
-                previous = None
-            elif spec and live.spec == spec:
-                resume = True
-            else:
-                self.docker.remove(self.name)
-                live = None
-        if previous and not live:
-            # A stop that the killed run had asked for may still be under way: let it end before the start.
-            if journal and journal.get("step") == "stop" and previous.running:
-                self.docker.stop(self.previous, None)
-            self.docker.rename(self.previous, self.name)
-            live, came_back = self.docker.containers([self.name]).get(self.name), True
-        unproven = live and live.record and not came_back and (not record or record["release"] != live.release)
-        if live and live.record and not resume and unproven:
-            # Nothing proves it, and nothing is there to go back to: the first release, or a lost record.
-            if spec and live.spec == spec:
-                resume = True
-            elif live.running and self.healthy_now(live.record):
-                self.commit(live.record, None)
-            else:
-                self.docker.remove(self.name)
-                live = None
-            self.recovered("%s was there without a record of having been proven" % self.name)
-        if live and not resume and (live.paused or not live.running) and (live.record or journal):
-            self.revive(live)
-            live = self.docker.containers([self.name]).get(self.name)
-        if not resume:
-            self.store.delete("transition.json")
-        self.tidy(live, previous)
-        return live, resume
-
-    def recovered(self, text: str) -> None:
-        self.changed = True
-        self.action = "recovered"
-        self.warnings.append(text)
-
-    @staticmethod
-    def story(journal: Record | None) -> str:
-        return "begun by %s at %s" % (journal["by"], journal["since"]) if journal else "before its switch began"
-
-    def revive(self, live: Container) -> None:
-        """A proven release that stands still serves again, before anything that could fail is tried."""
-        self.recovered("%s was %s; it was started again" % (self.name, live.status))
-        try:
-            if live.paused:
-                self.docker.unpause(self.name)
-            elif live.status != "restarting":
-                self.docker.start(self.name)
-        except ReleaseError as error:
-            self.warnings.append(error.text)
-            return
-        if live.record:
-            try:
-                self.wait(live.record["settings"], live.record["health"])
-            except ReleaseError as error:
-                self.warnings.append("the release that was there does not become healthy: %s" % error.text)
-
-    def tidy(self, *kept: Container | None) -> None:
-        """Secrets of releases that no container and no record needs."""
-        record = self.store.read("release.json")
-        needed = {entry.release for entry in kept if entry} | {(record or {}).get("release", "")}
-        for release in sorted(self.store.release_ids() - needed):
-            self.store.delete_release(release)
-
-    # health
-
-    @staticmethod
-    def address(settings: Settings) -> str:
-        return "127.0.0.1" if settings["bind_address"] in ("0.0.0.0", "") else settings["bind_address"]
-
-    def health_problem(self, settings: Settings, health: Record, timeout: float = 2.0) -> str | None:
-        return self.probe(self.address(settings), settings["port"], health["path"], health["status"], timeout)
-
-    def healthy_now(self, record: Record) -> bool:
-        return self.health_problem(record["settings"], record["health"]) is None
-
-    def serves(self, live: Container) -> bool:
-        """The wanted release is up; one that is only slow or still starting gets its time before it is replaced."""
-        assert live.record
-        settings, health = live.record["settings"], health_of(self.params)
-        lost = self.store.missing_secrets(live.release, settings["secrets"])
-        if lost:
-            self.recovered("%s had lost the files of %s and is replaced" % (self.name, ", ".join(lost)))
-            return False
-        if live.running and not live.paused and self.health_problem(settings, health) is None:
-            return True
-        try:
-            self.wait(settings, health)
-        except ReleaseError as error:
-            if error.reason != "unhealthy":
-                raise
-            self.recovered("%s was not healthy and is replaced: %s" % (self.name, error.text))
-            return False
-        return True
-
-    def wait(self, settings: Settings, health: Record, fresh: bool = False) -> None:
-        """Until the live container is healthy, or has died (for a fresh one: once), or the time is over."""
-        limit = self.clock() + health["timeout"]
-        url = "http://%s:%d%s" % (self.address(settings), settings["port"], health["path"])
-        restarts = 0 if fresh else None
-        while True:
-            problem = self.health_problem(settings, health, timeout=min(5.0, health["timeout"]))
-            live = self.docker.containers([self.name]).get(self.name)
-            if live is None:
-                raise ReleaseError("unhealthy", "the container has disappeared")
-            restarts = live.restarts if restarts is None and live.running else restarts
-            if not live.running or live.restarts > (restarts or 0):
-                raise ReleaseError("unhealthy", self.death(live, settings))
-            if problem is None:
-                return
-            if self.clock() >= limit:
-                text = "%s gave no healthy answer within %s s: %s" % (url, health["timeout"], problem)
-                raise ReleaseError("unhealthy", text)
-            self.sleep(health["interval"])
-
-    @staticmethod
-    def death(live: Container, settings: Settings) -> str:
-        if live.oom_killed:
-            return "it was killed for using more memory than its %d MiB" % (settings["memory"] >> 20)
-        if live.error:
-            return "it could not run: %s" % live.error
-        return "it ended with status %d before it was healthy" % live.exit_code
-
-    # before the switch: nothing here touches the container that serves
-
-    def preflight(self, live: Container | None) -> None:
-        info = self.docker.info()
-        self.server = "%s/%s" % (info.get("OSType", "linux"), architecture(info.get("Architecture", "")))
-        self.data_root = info.get("DockerRootDir") or self.data_root
-        total = info.get("MemTotal") or 0
-        memory = parse_size(self.params["memory"])
-        if total and memory > total:
-            text = "memory is %s; allowed: at most the %d MiB that this host has" % (self.params["memory"], total >> 20)
-            raise ReleaseError("memory", text)
-        port = self.params["port"]
-        if live and live.running and port in live.ports:
-            return
-        holders = self.docker.publishers(port)
-        holder = (
-            "container %s" % ", ".join(holders) if holders else self.find_listener(self.params["bind_address"], port)
-        )
-        if holder:
-            raise ReleaseError("port_taken", "port %d is taken by %s" % (port, holder))
-
-    def fetch(self, digest: str | None) -> Record:
-        """The image, pulled where it is not here yet, and fit for this host's platform."""
-        repository, tag = self.params["image"], self.params["tag"]
-        reference = "%s@%s" % (repository, digest) if digest else "%s:%s" % (repository, tag)
-        image = None
-        if digest:
-            # An image that was loaded from a file has no digest of a registry; its id says as much.
-            image = self.docker.image(reference) or self.docker.image(digest)
-        if not image:
-            self.need_space()
-            try:
-                self.docker.pull(reference, self.params["pull_timeout"])
-            except ReleaseError as error:
-                local = self.docker.image(reference) if not digest and error.reason == "not_found" else None
-                if not local:
-                    raise
-                image = local  # made on this host: no registry has it
-            image = image or self.docker.image(reference)
-        if not image:
-            raise ReleaseError("not_found", "%s was pulled, and is gone again" % reference)
-        platform = "%s/%s" % (image.get("Os", "linux"), architecture(image.get("Architecture", "")))
-        if platform != self.server:
-            raise ReleaseError("platform", "%s is built for %s, this host is %s" % (reference, platform, self.server))
-        return image
-
-    def resolved(self, image: Record) -> str:
-        for entry in image.get("RepoDigests") or []:
-            repository, _at, digest = entry.rpartition("@")
-            if repository == self.params["image"]:
-                return str(digest)
-        return str(image["Id"])
-
-    def need_space(self) -> None:
-        wanted = self.params["min_free_disk_mb"]
-        free = self.free_mb()
-        if free is None or free >= wanted:
-            return
-        self.images_lock.release()
-        self.prune()
-        self.lock_images()
-        free = self.free_mb()
-        if free is not None and free < wanted:
-            text = "no space left to pull: %s has %d MB free; allowed: %d MB or more" % (self.data_root, free, wanted)
-            raise ReleaseError("no_space", text)
-
-    def free_mb(self) -> int | None:
-        try:
-            state = os.statvfs(self.data_root)
-        except OSError:
-            return None
-        return state.f_bavail * state.f_frsize // 1000000
-
-    def new_record(self, settings: Settings, image_id: str) -> Record:
-        return {
-            "format": FORMAT,
-            "service": self.name,
-            "release": "%s-%s" % (time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), random_source.token_hex(3)),
-            "image": settings["image"],
-            "image_id": image_id,
-            "tag": settings["tag"],
-            "digest": settings["digest"],
-            "spec": spec_of(settings),
-            "settings": settings,
-            "health": health_of(self.params),
-            "by": self.by,
-        }
-
-    def create(self, record: Record, image: Record) -> None:
-        secrets = {key: environment_text(value) for key, value in (self.params["secrets"] or {}).items()}
-        folder = self.store.write_secrets(record["release"], secrets, self.params["user"])
-        reference = "%s@%s" % (record["image"], record["digest"])
-        if reference not in (image.get("RepoDigests") or []):
-            reference = image["Id"]
-        arguments = create_arguments(self.next, reference, record, folder)
-        try:
-            self.docker.create(arguments)
-        except ReleaseError as error:
-            if "already in use" not in error.text:
-                raise
-            self.docker.remove(self.next)  # the late work of a run that was killed while it created
-            self.docker.create(arguments)
-
-    # the switch
-
-    def switch(self, record: Record) -> None:
-        """From the old container to the new one, and back when it does not prove itself. Every step can be repeated."""
-        live, upcoming, previous = self.look()
-        journal = {"format": FORMAT, "release": record["release"], "by": self.by, "since": utc_now(), "step": "switch"}
-        try:
-            if upcoming:
-                self.store.write("transition.json", journal)
-                if live:
-                    self.docker.rename(self.name, self.previous)
-                    previous = live
-                self.docker.rename(self.next, self.name)
-            if previous and (previous.running or previous.status == "restarting"):
-                self.store.write("transition.json", dict(journal, step="stop"))
-                self.docker.stop(self.previous, self.old_stop_timeout(previous))
-            self.docker.start(self.name)  # of a container that runs already this is no change
-            self.wait(record["settings"], health_of(self.params), fresh=True)
-            self.commit(record, previous)
-        except (ReleaseError, OSError) as error:
-            self.restore(record, error)
-        try:
-            if previous:
-                self.docker.remove(self.previous, volumes=bool(previous.record))
-            self.store.delete("transition.json")
-            self.tidy()
-            self.prune()
-        except (ReleaseError, OSError) as error:
-            self.warnings.append("the release serves, but tidying up failed and is left to the next run: %s" % error)
-
-    @staticmethod
-    def old_stop_timeout(previous: Container) -> int | None:
-        return int(previous.record["settings"]["stop_timeout"]) if previous.record else None
-
-    def commit(self, record: Record, previous: Container | None) -> None:
-        old = self.store.read("release.json")
-        kept = (
-            {key: old[key] for key in ("release", "tag", "digest", "image", "image_id", "since") if key in old}
-            if old
-            else None
-        )
-        if old and old["image_id"] == record["image_id"] and old.get("previous"):
-            kept = old["previous"]  # new settings for the same image: the image to go back to stays the same
-        committed = dict(record, since=utc_now(), by=self.by, previous=kept)
-        self.store.write("release.json", committed)
-        self.changed = True
-        self.action = "replaced" if old or previous else "released"
-        self.record = committed
-
-    def restore(self, record: Record, error: Exception) -> NoReturn:
-        """The old release serves again; then the run fails with what the new one said."""
-        reason = error.reason if isinstance(error, ReleaseError) else "start"
-        text = error.text if isinstance(error, ReleaseError) else str(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = "no_space"
-        log: list[str] = []
-        self.changed = True
-        try:
-            live, upcoming, previous = self.look()
-            if upcoming:
-                self.docker.remove(self.next)
-            if live and live.release == record["release"]:
-                log = self.docker.logs(self.name, record["health"]["path"])
-                self.docker.remove(self.name)
-                live = None
-            if previous and not live:
-                self.docker.rename(self.previous, self.name)
-                live = previous
-            if live:
-                self.action = "restored"
-                self.docker.start(self.name)
-                if live.record:
-                    self.wait(live.record["settings"], live.record["health"])
-                text += ". The old release (%s) serves again" % (
-                    live.labels.get("nemo.tag") or "a container of other origin"
-                )
-            else:
-                self.action = "removed"
-                text += ". There was no release before it, so nothing serves now"
-            self.store.delete("transition.json")
-            self.tidy(live)
-        except (ReleaseError, OSError) as second:
-            log += (
-                ["-- the old release:"] + self.docker.logs(self.name, record["health"]["path"])
-                if isinstance(second, ReleaseError)
-                else []
-            )
-            text += ". THE OLD RELEASE DOES NOT SERVE EITHER: %s. The next run tries again" % second
-        raise ReleaseError(reason, text, log)
-
-    def prune(self) -> None:
-        """Images of this repository that no container and no recorded release needs; not while another run pulls."""
-        lock = Lock(self.store.images_lock_path)
-        if not lock.try_acquire():
-            lock.release()
-            return
-        candidates = self.docker.images(self.params["image"]) - self.store.needed_images()
-        if candidates:
-            for image in sorted(candidates - self.docker.used_images()):
-                self.docker.remove_image(image)
-        lock.release()
 
 
 def architecture(name: str) -> str:

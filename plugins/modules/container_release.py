@@ -8,22 +8,27 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: container_release
-short_description: Run one service on one host as releases of a container image
+short_description: Run one service on one host as releases of a container image, behind HAProxy
 version_added: 0.1.0
 author:
   - The nemo.platform authors (@nemo-platform)
 description:
-  - Brings one container to the wanted release in one remote execution. It pulls the image by digest, creates the new container while the
-    old one still serves, stops the old one, starts the new one, and waits until it is healthy.
-  - A release that does not become healthy is removed and the old container is put back. The module then fails with the reason and with the
-    last log lines of the failed release.
-  - A pull that fails, a full disk or a taken port is found before the old container is touched.
-  - A run that was killed at any point is finished or undone by the next run. What a run does on one service is done under a lock, which
-    the kernel drops when its holder dies.
+  - HAProxy owns the service's public port; each release is a container of its own on a loopback port. A release is pulled by digest,
+    started beside the one that serves, proven, and led to by a command to the running HAProxy, without a reload. The old one answers what
+    it was asked, and is kept, stopped, for a rollback.
+  - Until it is committed the old release runs. A new one that does not become healthy, or that fails with real traffic on it, is taken
+    back; the module then fails with the reason and with the last log lines of the failed release.
+  - An image that failed with the same settings before is not tried again, unless O(force) says so.
+  - A pull that fails, a full disk, too little memory for two releases or a taken port is found before anything is touched.
+  - A run that was killed at any point is finished or undone by the next run, whoever starts it. What a run does on one service is done
+    under a lock, which the kernel drops when its holder dies.
+  - A container of an earlier version of this module, or any container that has the service's name and publishes its port, is moved
+    behind HAProxy by its next release. New connections are led around it meanwhile, where the host has iptables; connections that
+    clients keep open to it end with it.
   - Containers run with an init process, without capabilities or new privileges, with limits on memory, processes and logs, and restart
     unless they were stopped.
   - Secrets become files under C(/run/secrets) in the container. They appear in no argument, environment, label, diff or log.
-  - Needs nothing but Python and the C(docker) command, 20.10 or newer, on the managed host.
+  - Needs nothing but Python, systemd, the C(docker) command, 20.10 or newer, and HAProxy, 2.4 or newer, on the managed host.
 attributes:
   check_mode:
     support: full
@@ -34,14 +39,46 @@ attributes:
     description: Shows the settings of the release before and after, with the names of the secrets and a revision of their values.
 options:
   name:
-    description: The service. It is the container's name, and the name of the service's folder below O(state_path).
+    description: The service. Its containers' names begin with it, and the service's folder below O(state_path) has it.
     type: str
     required: true
   state:
-    description: V(present) runs the release; V(absent) removes the service's containers, secrets, record and images.
+    description:
+      - V(present) runs the release; V(absent) removes the service's containers, HAProxy, secrets, state and images.
+      - V(rolled_back) goes back to the release before, or to O(release). It pulls nothing, and takes the settings, secrets and health
+        questions that the release had. It pins it, see O(intent).
     type: str
-    choices: [present, absent]
+    choices: [present, absent, rolled_back]
     default: present
+  release:
+    description: Id, tag or digest of the kept release to roll back to. The release before, other than one that failed, when it is left out.
+    type: str
+  strategy:
+    description:
+      - V(beside) runs the new release beside the old one until it is proven. V(stop-start) stops the old one first, and starts it again
+        if need be, for a host on which two do not fit; HAProxy holds requests for O(proxy_retries) seconds meanwhile.
+    type: str
+    choices: [beside, stop-start]
+    default: beside
+  intent:
+    description:
+      - V(deploy) releases what is asked for. V(converge) is for runs over the whole site - a release that is pinned, or that was made with
+        V(deploy) and has a newer tag of the same kind, stays, with the settings that are asked for.
+    type: str
+    choices: [deploy, converge]
+    default: deploy
+  pin:
+    description: Whether O(intent=converge) leaves this release alone from now on.
+    type: bool
+    default: false
+  force:
+    description: Whether an image that failed with the same settings before is tried again.
+    type: bool
+    default: false
+  keep:
+    description: Number of releases that are kept for a rollback, besides the one that serves.
+    type: int
+    default: 3
   image:
     description: The image's repository, without tag and digest. Required with O(state=present).
     type: str
@@ -55,15 +92,19 @@ options:
       - Without it the tag is pulled in every run and its digest is recorded.
     type: str
   port:
-    description: The port of the host, 1 to 65535. Required with O(state=present).
+    description: The public port of the service, 1 to 65535. Required with O(state=present).
     type: int
   container_port:
     description: The port inside the container. The same as O(port) when it is left out.
     type: int
   bind_address:
-    description: The address of the host that O(port) is published on.
+    description: The address of the host on which O(port) is open.
     type: str
     default: 0.0.0.0
+  release_ports:
+    description: Loopback ports from which releases get theirs; outside of the range from which the kernel takes ports for connections.
+    type: str
+    default: 20000-20999
   network:
     description: The engine's network that the container joins. The engine's own default when it is left out.
     type: str
@@ -115,6 +156,10 @@ options:
     description: HTTP status of a healthy answer.
     type: int
     default: 200
+  health_contains:
+    description: Text that a healthy answer contains.
+    type: str
+    default: ""
   health_timeout:
     description: Seconds that a release has to become healthy.
     type: int
@@ -123,6 +168,61 @@ options:
     description: Seconds between two questions.
     type: float
     default: 0.5
+  settle_time:
+    description: Seconds that a new release must be healthy without a break or a restart before it is led to.
+    type: int
+    default: 3
+  smoke:
+    description: One request that a new release must answer before it is led to.
+    type: dict
+    suboptions:
+      path: {description: Path and query., type: str, required: true}
+      method: {description: HTTP method., type: str, default: GET}
+      headers: {description: Headers., type: dict, default: {}}
+      body: {description: Body., type: str, default: ""}
+      status: {description: Status of a good answer., type: int, default: 200}
+      contains: {description: Text that a good answer contains., type: str, default: ""}
+      timeout: {description: Seconds that the answer may take., type: float, default: 30}
+  bake_time:
+    description:
+      - Seconds for which a new release is watched with real traffic on it, before the old one is stopped. The traffic goes back by itself
+        when the container restarts, when it is no longer healthy, or when too many of its requests fail, as HAProxy counts them.
+      - Meanwhile the old release gets one request in a few hundred, and what the new one does not accept.
+      - A first release is not watched, for there is nothing to turn back to.
+    type: int
+    default: 30
+  bake_error_percent:
+    description: Share of requests that may fail in that time (status 500 and above, failed connections, answers that break off).
+    type: float
+    default: 5
+  bake_min_requests:
+    description: Number of requests from which on the share says anything.
+    type: int
+    default: 20
+  drain_timeout:
+    description: Seconds that the old release has for the requests that it is still answering. What is left then is ended.
+    type: int
+    default: 60
+  reserve_memory_mb:
+    description: Mebibytes of the host that no release may count on when two of them run at once.
+    type: int
+    default: 256
+  proxy_timeout:
+    description: Seconds for which HAProxy waits for a client or for a release in the middle of a request.
+    type: int
+    default: 300
+  proxy_keep_alive:
+    description: Seconds for which HAProxy keeps an idle connection of a client open.
+    type: int
+    default: 60
+  proxy_max_connections:
+    description: Number of connections that HAProxy holds at once.
+    type: int
+    default: 4000
+  proxy_retries:
+    description: Number of times, a second apart, that HAProxy tries a release which does not accept a connection, such as one that restarts.
+    type: int
+    default: 5
   stop_timeout:
     description: Seconds that a container has to end by itself when it is stopped.
     type: int
@@ -150,6 +250,10 @@ options:
     description: Folder of the locks.
     type: path
     default: /run/nemo
+  proxy_path:
+    description: Folder of HAProxy's configurations, one for each service.
+    type: path
+    default: /etc/nemo/proxy
 """
 
 EXAMPLES = r"""
@@ -166,6 +270,25 @@ EXAMPLES = r"""
     secrets:
       OPENAI_API_KEY: "{{ vault_openai_api_key }}"
 
+- name: A hotfix, which the next run over the site shall leave alone
+  nemo.platform.container_release:
+    name: ai-prod
+    image: 084375578827.dkr.ecr.ap-northeast-2.amazonaws.com/ai
+    tag: hotfix-1
+    port: 8000
+    pin: true
+    smoke:
+      path: /v1/echo
+      method: POST
+      headers: {Content-Type: application/json}
+      body: '{"text": "hello"}'
+      contains: hello
+
+- name: Back to the release before
+  nemo.platform.container_release:
+    name: ai-prod
+    state: rolled_back
+
 - name: A service is gone from this host
   nemo.platform.container_release:
     name: ai-dev
@@ -176,11 +299,22 @@ RETURN = r"""
 action:
   description:
     - What was done, or in check mode would be done.
-    - V(released) is a first release, V(replaced) one in the place of another, V(recovered) that only an interrupted or stopped release was
-      put in order; a failed release is V(restored) where the old one serves again, and V(removed) where there was none.
+    - V(released) is a first release, V(replaced) one in the place of another, V(rolled_back) one that was there before, V(recovered) that
+      only an interrupted or stopped release or HAProxy was put in order, V(pinned) and V(unpinned) that only that changed.
+    - A failed release is V(removed) where nobody had been led to it, and V(restored) where the old one serves again.
   returned: always
   type: str
   sample: replaced
+kept:
+  description: Why another release than the one that was asked for stays, with O(intent=converge). Empty otherwise.
+  returned: always
+  type: str
+steps:
+  description: What was done when, in seconds since the start.
+  returned: always
+  type: list
+  elements: str
+  sample: ["0.4 s: pulling …", "9.1 s: healthy"]
 release:
   description: The release that is in place after the run. Empty before the first one.
   returned: always
@@ -192,7 +326,7 @@ release:
     image: {description: Its image's repository., type: str, sample: 084375578827.dkr.ecr.ap-northeast-2.amazonaws.com/ai}
     since: {description: When it was proven (UTC)., type: str, sample: "2025-07-18T01:41:09Z"}
 previous:
-  description: The release before it, with the same keys as RV(release). Its image is kept on the host.
+  description: The release that a rollback would go back to, with the same keys as RV(release).
   returned: always
   type: dict
 reason:
@@ -216,7 +350,7 @@ log_tail:
 import json
 import os
 import pwd
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -227,23 +361,41 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     Lock,
     Record,
     ReleaseError,
-    Releaser,
     Settings,
     Store,
     check_request,
     settings_of,
     utc_now,
 )
+from ansible_collections.nemo.platform.plugins.module_utils.release_flow import Releaser
+from ansible_collections.nemo.platform.plugins.module_utils.release_proxy import HAProxy
+
+SMOKE: dict[str, dict[str, Any]] = {
+    "path": {"type": "str", "required": True},
+    "method": {"type": "str", "default": "GET"},
+    "headers": {"type": "dict", "default": {}},
+    "body": {"type": "str", "default": ""},
+    "status": {"type": "int", "default": 200},
+    "contains": {"type": "str", "default": ""},
+    "timeout": {"type": "float", "default": 30},
+}
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "name": {"type": "str", "required": True},
-    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+    "state": {"type": "str", "choices": ["present", "absent", "rolled_back"], "default": "present"},
+    "release": {"type": "str"},
+    "strategy": {"type": "str", "choices": ["beside", "stop-start"], "default": "beside"},
+    "intent": {"type": "str", "choices": ["deploy", "converge"], "default": "deploy"},
+    "pin": {"type": "bool", "default": False},
+    "force": {"type": "bool", "default": False},
+    "keep": {"type": "int", "default": 3},
     "image": {"type": "str"},
     "tag": {"type": "str"},
     "digest": {"type": "str"},
     "port": {"type": "int"},
     "container_port": {"type": "int"},
     "bind_address": {"type": "str", "default": "0.0.0.0"},
+    "release_ports": {"type": "str", "default": "20000-20999"},
     "network": {"type": "str"},
     "environment": {"type": "dict", "default": {}},
     "secrets": {"type": "dict", "default": {}, "no_log": True},
@@ -257,8 +409,20 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "log_max_file": {"type": "int", "default": 3},
     "health_path": {"type": "str", "default": "/health"},
     "health_status": {"type": "int", "default": 200},
+    "health_contains": {"type": "str", "default": ""},
     "health_timeout": {"type": "int", "default": 60},
     "health_interval": {"type": "float", "default": 0.5},
+    "settle_time": {"type": "int", "default": 3},
+    "smoke": {"type": "dict", "options": SMOKE},
+    "bake_time": {"type": "int", "default": 30},
+    "bake_error_percent": {"type": "float", "default": 5},
+    "bake_min_requests": {"type": "int", "default": 20},
+    "drain_timeout": {"type": "int", "default": 60},
+    "reserve_memory_mb": {"type": "int", "default": 256},
+    "proxy_timeout": {"type": "int", "default": 300},
+    "proxy_keep_alive": {"type": "int", "default": 60},
+    "proxy_max_connections": {"type": "int", "default": 4000},
+    "proxy_retries": {"type": "int", "default": 5},
     "stop_timeout": {"type": "int", "default": 10},
     "pull_timeout": {"type": "int", "default": 900},
     "min_free_disk_mb": {"type": "int", "default": 1024},
@@ -266,6 +430,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "operator": {"type": "str"},
     "state_path": {"type": "path", "default": "/var/lib/nemo"},
     "run_path": {"type": "path", "default": "/run/nemo"},
+    "proxy_path": {"type": "path", "default": "/etc/nemo/proxy"},
 }
 
 
@@ -301,7 +466,12 @@ def login() -> str:
 
 
 def one_line(name: str, params: dict[str, Any], error: ReleaseError) -> str:
-    what = "%s:%s" % (params["image"], params["tag"]) if params["image"] else "its removal"
+    if params["state"] == "rolled_back":
+        what = "the rollback" + (" to %s" % params["release"] if params["release"] else "")
+    elif params["state"] == "absent":
+        what = "its removal"
+    else:
+        what = "%s:%s" % (params["image"], params["tag"])
     digest = " (%s)" % params["digest"] if params["digest"] else ""
     return (
         "%s: %s%s failed [%s]: %s. %s" % (name, what, digest, error.reason, error.text.rstrip("."), error.advice)
@@ -323,6 +493,8 @@ def main() -> None:
             reason="arguments",
             advice="Set each named argument to an allowed value.",
             action="none",
+            kept="",
+            steps=[],
             release={},
             previous={},
             log_tail=[],
@@ -342,10 +514,32 @@ def main() -> None:
         )
         return rc, out, err
 
+    def execute(
+        command: Sequence[str], descriptors: Sequence[int], environment: Mapping[str, str]
+    ) -> tuple[int, str, str]:
+        rc, out, err = module.run_command(
+            list(command),
+            environ_update=dict({"LC_ALL": "C"}, **environment),
+            expand_user_and_vars=False,
+            errors="surrogate_then_replace",
+            handle_exceptions=False,
+            pass_fds=list(descriptors),
+        )
+        return rc, out, err
+
+    def guarded(
+        command: Sequence[str], descriptors: Sequence[int], environment: Mapping[str, str]
+    ) -> tuple[int, str, str]:
+        try:
+            return execute(command, descriptors, environment)
+        except OSError as failure:  # a command that this host does not have
+            return 127, "", str(failure)
+
     store = Store(name, params["state_path"], params["run_path"])
     by = params["operator"] or login()
     docker = Docker(run, module.get_bin_path("timeout"))
-    releaser = Releaser(params, docker, store, by, check_mode=module.check_mode)
+    proxy = HAProxy(name, guarded, module.get_bin_path("haproxy"), folder=params["proxy_path"])
+    releaser = Releaser(params, docker, store, proxy, by, check_mode=module.check_mode, say=module.log)
     error: ReleaseError | None = None
     try:
         if not module.get_bin_path("docker"):
@@ -353,21 +547,19 @@ def main() -> None:
         if not module.check_mode:
             if not lock.acquire(params["lock_timeout"]):
                 raise ReleaseError("lock", "another run is at work: %s" % lock.holder())
-            lock.sign({"by": by, "since": utc_now(), "pid": os.getpid(), "what": params["tag"] or "nothing"})
-        if params["state"] == "present":
-            releaser.present()
-        else:
-            releaser.absent()
+            lock.sign({"by": by, "since": utc_now(), "pid": os.getpid(), "what": params["tag"] or params["state"]})
+        releaser.load()  # another run may have released while this one waited for the lock
+        {"present": releaser.present, "absent": releaser.absent, "rolled_back": releaser.rollback}[params["state"]]()
     except ReleaseError as failure:
         error = failure
     except OSError as failure:
         error = ReleaseError("no_space" if failure.errno in (28, 122) else "docker", str(failure))
 
     bare = module.check_mode and error is not None and error.reason in ("docker_missing", "engine_down")
+    bare = bare and params["state"] != "rolled_back"
     if bare and error:
         # The host is still to be set up by what comes before this module: say what would then be done.
         releaser.warnings.append("%s; a run that is no check sets it up first" % error.text)
-        releaser.record = None if error.reason == "docker_missing" else store.read("release.json")
         present = params["state"] == "present"
         releaser.changed, releaser.action = (True, "released") if present else (False, "none")
         releaser.after = settings_of(params, params["digest"], "new" if params["secrets"] else "") if present else None
@@ -377,7 +569,9 @@ def main() -> None:
         "changed": releaser.changed,
         "action": releaser.action,
         "release": brief(releaser.record),
-        "previous": brief((releaser.record or {}).get("previous")),
+        "previous": brief(releaser.previous),
+        "kept": releaser.kept,
+        "steps": releaser.steps,
         "log_tail": error.log_tail if error else [],
     }
     for warning in releaser.warnings:

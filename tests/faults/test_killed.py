@@ -49,4 +49,5 @@ def test_killed_during_a_release(site, site_killed, image, on, health, behaviour
     killed = site_killed("Service runs as one proven release", delay, *DEV)
     assert killed.killed_at, killed.output[-6000:]
     _finish(site, health)
-    assert on("ai-dev", "docker ps --all --format '{{.Names}}'").split() == ["ai-dev"]
+    assert len(on("ai-dev", "docker ps --format '{{.Names}}'").split()) == 1
+    assert "transition.json" not in on("ai-dev", "ls /var/lib/nemo/ai-dev")

@@ -39,9 +39,17 @@ def test_security_updates_leave_drivers_kernels_and_the_engine_alone(on, name):
     assert on(name).check_output("apt-config shell reboot Unattended-Upgrade::Automatic-Reboot") == "reboot='false'"
 
 
+def container(host, service):
+    """The name of the container that runs the service: its release is in it."""
+    names = host.check_output("docker ps --filter label=nemo.service=%s --format '{{.Names}}'", service).split()
+    assert len(names) == 1, names
+    return names[0]
+
+
 @pytest.mark.parametrize(("name", "service"), SERVICES)
 def test_the_container_is_confined(on, name, service):
-    settings = json.loads(on(name).check_output("docker container inspect %s", service))[0]
+    running = container(on(name), service)
+    settings = json.loads(on(name).check_output("docker container inspect %s", running))[0]
     host = settings["HostConfig"]
     assert settings["Config"]["User"] == "10001:10001"
     assert host["Memory"] == 1024**3
@@ -57,7 +65,7 @@ def test_the_container_is_confined(on, name, service):
 
 @pytest.mark.parametrize(("name", "service"), SERVICES)
 def test_no_process_of_the_service_is_root(on, name, service):
-    users = on(name).check_output("docker top %s -eo pid,uid", service).split()[3::2]
+    users = on(name).check_output("docker top %s -eo pid,uid", container(on(name), service)).split()[3::2]
     assert users
     assert set(users) == {"10001"}
 
@@ -65,8 +73,9 @@ def test_no_process_of_the_service_is_root(on, name, service):
 @pytest.mark.parametrize(("name", "service"), SERVICES)
 def test_a_secret_is_in_files_of_root_alone(on, name, service):
     host, secret = on(name), SECRETS[service]
-    assert secret not in host.check_output("docker container inspect %s", service)
-    assert secret not in host.check_output("docker logs %s 2>&1", service)
+    running = container(host, service)
+    assert secret not in host.check_output("docker container inspect %s", running)
+    assert secret not in host.check_output("docker logs %s 2>&1", running)
     journal = host.check_output("journalctl --no-pager --boot").splitlines()
     assert not [line for line in journal if secret in line and "COMMAND=" not in line]  # sudo logs this very test
     files = host.check_output("grep -rl --exclude-dir=docker %s /etc /var/lib /home /root || true", secret).split()
@@ -77,8 +86,28 @@ def test_a_secret_is_in_files_of_root_alone(on, name, service):
 
 @pytest.mark.parametrize(("name", "service"), SERVICES)
 def test_nothing_is_left_of_a_release(on, name, service):
-    names = on(name).check_output("docker ps --all --format '{{.Names}}'").split()
-    assert names == [service]
+    """One container runs; what else there is are kept releases, that stand still and are known."""
+    host = on(name)
+    assert container(host, service)
+    kept = host.check_output("docker ps --all --format '{{.Names}}'").split()
+    known = {
+        entry["release"]
+        for entry in json.loads(host.file(f"/var/lib/nemo/{service}/state.json").content_string)["releases"]
+    }
+    assert {entry.removeprefix(f"{service}.") for entry in kept} <= known
+    assert not host.file(f"/var/lib/nemo/{service}/transition.json").exists
+
+
+@pytest.mark.parametrize(("name", "service"), SERVICES)
+def test_haproxy_owns_the_public_port(on, name, service):
+    host = on(name)
+    port = {"ai-prod": 8000, "ai-dev": 8001}[service]
+    listening = host.check_output(f"ss --listening --tcp --processes --no-header --numeric 'sport = :{port}'")
+    assert "haproxy" in listening
+    assert "docker-proxy" not in listening
+    assert host.check_output(f"stat -c '%a %U' /run/nemo-proxy-{service}/master.sock") == "600 root"
+    published = host.check_output("docker ps --format '{{.Ports}}'").split()
+    assert all(entry.startswith("127.0.0.1:") for entry in published)
 
 
 @pytest.mark.parametrize("name", ["vllm", "ai-prod", "ai-dev"])

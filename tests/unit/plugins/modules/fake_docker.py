@@ -2,7 +2,8 @@
 
 It runs in the test's process (``FakeDocker(path).run(argv)``) and as a ``docker`` command (``python fake_docker.py``
 with the path in FAKE_DOCKER). An image's behaviour decides what a container of it does: ``healthy``, ``unhealthy``,
-``crash`` (ends at once), ``loop`` (restarts for ever), ``slow:N`` (healthy at the Nth question), ``nostart``.
+``crash`` (ends at once), ``loop`` (restarts for ever), ``slow:N`` (healthy from the Nth question on), ``fades:N`` (until then),
+``nostart``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class FakeDocker:
         self.path = path
         self.calls: list[list[str]] = []
         if not path.exists():
-            self.save({"containers": {}, "images": [], "registry": {}, "errors": {}, "late": False, "memory": 4 << 30})
+            self.save({"containers": {}, "images": [], "registry": {}, "errors": {}, "memory": 4 << 30})
 
     def load(self) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(self.path.read_text())
@@ -72,28 +73,29 @@ class FakeDocker:
     def serving(self) -> list[str]:
         return [name for name, entry in self.containers().items() if entry["status"] == "running"]
 
-    def probe(self, _address: str, port: int, _path: str, _status: int, _timeout: float) -> str | None:
+    def probe(self, _address: str, port: int, _question: Any, _timeout: float) -> str | None:
         state = self.load()
         for entry in state["containers"].values():
             if entry["status"] == "running" and entry["port"] == port:
                 entry["asked"] += 1
                 self.save(state)
-                behaviour, _colon, number = entry["behaviour"].partition(":")
-                if behaviour == "healthy" or (behaviour == "slow" and entry["asked"] >= int(number)):
+                if self.is_healthy(entry):
                     return None
                 return "it answered 503, not 200"
         return "connection refused"
 
-    def finish_late_stop(self) -> None:
-        """What a killed client had asked for, done by the engine in its own time: it stops the service's container."""
-        state = self.load()
-        if state["late"]:
-            state["containers"]["ai-prod"]["status"] = "exited"
-        self.save(state)
-
     def listener(self, port: int) -> str | None:
         held = any(entry["status"] == "running" and entry["port"] == port for entry in self.containers().values())
         return "process 1 (docker-proxy)" if held else None
+
+    @staticmethod
+    def is_healthy(entry: dict[str, Any]) -> bool:
+        behaviour, _colon, number = entry["behaviour"].partition(":")
+        return (
+            behaviour == "healthy"
+            or (behaviour == "slow" and entry["asked"] >= int(number))
+            or (behaviour == "fades" and entry["asked"] < int(number))
+        )
 
     # the engine
 
@@ -161,14 +163,21 @@ class FakeDocker:
         return 0, "", ""
 
     def do_container_ls(self, state: dict[str, Any], words: list[str]) -> tuple[int, str, str]:
-        if "--filter" in words:
+        if "--filter" in words and words[words.index("--filter") + 1].startswith("publish="):
             port = int(words[words.index("--filter") + 1].partition("=")[2])
             return (
                 0,
                 "\n".join(n for n, c in state["containers"].items() if c["status"] == "running" and c["port"] == port),
                 "",
             )
-        return 0, "\n".join(state["containers"]), ""
+        label = next((word.partition("=")[2] for word in words if word.startswith("label=")), "")
+        key, _equals, value = label.partition("=")
+        found = [
+            name
+            for name, entry in state["containers"].items()
+            if not label or (key in entry["labels"] and value in ("", entry["labels"][key]))
+        ]
+        return 0, "\n".join(found), ""
 
     def do_container_inspect(self, state: dict[str, Any], words: list[str]) -> tuple[int, str, str]:
         out, err = [], []
@@ -192,7 +201,11 @@ class FakeDocker:
                         "OOMKilled": entry.get("oom", False),
                     },
                     "Config": {"Labels": entry["labels"]},
-                    "HostConfig": {"PortBindings": {"8000/tcp": [{"HostIp": "", "HostPort": str(entry["port"])}]}},
+                    "Image": entry["image"],
+                    "HostConfig": {
+                        "Memory": 1 << 30,
+                        "PortBindings": {"8000/tcp": [{"HostIp": "", "HostPort": str(entry["port"])}]},
+                    },
                 }
                 out.append(json.dumps(data))
         return (1 if err else 0), "\n".join(out), "\n".join(err)
@@ -244,7 +257,6 @@ class FakeDocker:
 
     def do_container_stop(self, state: dict[str, Any], words: list[str]) -> tuple[int, str, str]:
         state["containers"][words[-1]]["status"] = "exited"
-        state["late"] = False  # a second stop ends when the first one does
         return 0, words[-1], ""
 
     def do_container_unpause(self, state: dict[str, Any], words: list[str]) -> tuple[int, str, str]:

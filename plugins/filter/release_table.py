@@ -1,0 +1,79 @@
+# Copyright: the nemo.platform authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What container_release_info found, in lines that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+DOCUMENTATION = r"""
+name: release_table
+short_description: The releases of a host in a few lines
+version_added: 0.2.0
+author: The nemo platform project (@nemo-platform)
+description:
+  - Turns what M(nemo.platform.container_release_info) returns into lines to be shown.
+options:
+  _input:
+    description: The services, as that module returns them.
+    type: list
+    elements: dict
+    required: true
+  newest:
+    description: The newest tag in the registry, by service.
+    type: dict
+    default: {}
+"""
+
+EXAMPLES = r"""
+- name: Releases
+  ansible.builtin.debug:
+    msg: "{{ found.services | nemo.platform.release_table({'ai-prod': 'prod-20250718-1040'}) }}"
+"""
+
+RETURN = r"""
+_value:
+  description: Lines of text.
+  type: list
+  elements: str
+"""
+
+SHOWN = 5  # runs of the past
+
+
+def release_table(services: Sequence[Mapping[str, Any]], newest: Mapping[str, str] | None = None) -> list[str]:
+    """Return the lines."""
+    lines: list[str] = []
+    for service in services:
+        name, tag = service["name"], service["tag"] or "nothing"
+        newer = (newest or {}).get(name, "")
+        lines.append(
+            f"{name} on port {service['port']}: {tag} ({service['digest'][:19]}), {service['health']}, "
+            f"since {service['since'] or 'never'} by {service['by'] or 'nobody'}"
+        )
+        if newer and newer != service["tag"]:
+            lines.append(f"  in the registry: {newer}")
+        if service["pinned"]:
+            lines.append(f"  pinned: {service['pinned']}")
+        if service["under_way"]:
+            lines.append(f"  under way: {service['under_way']}")
+        for entry in service["kept"]:
+            left = ", was left because it was bad" if entry["left"] else ""
+            lines.append(f"  kept: {entry['tag']} ({entry['release']}, served since {entry['since'] or '?'}{left})")
+        for entry in service["failed"]:
+            lines.append(f"  failed: {entry['tag']} at {entry['at']} by {entry['by']} [{entry['reason']}]")
+        for entry in service["history"][:SHOWN]:
+            lines.append(
+                f"  {entry['at']}: {entry['kind']} of {entry['tag']} by {entry['by']}: {entry['result']} in {entry['seconds']} s"
+            )
+    return lines or ["no service has been released here"]
+
+
+class FilterModule:
+    """The filters of this file."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Name and function of each filter."""
+        return {"release_table": release_table}

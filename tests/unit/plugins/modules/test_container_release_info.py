@@ -1,0 +1,76 @@
+"""nemo.platform.container_release_info on hosts that the fakes of container_release have made."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ansible_collections.nemo.platform.plugins.module_utils import container_release as logic
+from ansible_collections.nemo.platform.plugins.modules import container_release_info as module
+from tests.unit.plugins.modules.release_world import TAGS, World
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
+    monkeypatch.setattr(module, "probe_http", lambda *_arguments: None)
+    return World(tmp_path)
+
+
+def look(world: World) -> dict[str, Any]:
+    found = module.service(logic.Store("ai-prod", str(world.path / "lib"), str(world.path / "run")), "ai-prod")
+    assert found
+    return found
+
+
+def test_what_runs_what_is_kept_and_what_failed(world: World) -> None:
+    world.release(1, operator="alice")
+    world.release(2, operator="bob")
+    world.failing(3)
+    found = look(world)
+    assert (found["tag"], found["by"], found["health"], found["port"]) == (TAGS[2], "bob", "ok", 8000)
+    assert [(entry["tag"], entry["left"]) for entry in found["kept"]] == [(TAGS[1], False)]
+    assert [(entry["tag"], entry["reason"]) for entry in found["failed"]] == [(TAGS[3], "unhealthy")]
+    assert [entry["result"] for entry in found["history"]] == ["failed", "ok", "ok"]
+    assert found["under_way"] == found["pinned"] == ""
+
+
+def test_a_rollback_is_said_to_be_one(world: World) -> None:
+    world.release(1)
+    world.release(2)
+    world.rollback(operator="bob")
+    found = look(world)
+    assert found["kind"] == "rollback"
+    assert found["pinned"].startswith(f"rolled back from {TAGS[2]}, by bob at ")
+    assert [(entry["tag"], entry["left"]) for entry in found["kept"]] == [(TAGS[2], True)]
+
+
+def test_a_release_under_way_and_one_that_was_interrupted(world: World) -> None:
+    world.release(1)
+    store = logic.Store("ai-prod", str(world.path / "lib"), str(world.path / "run"))
+    record = {"tag": TAGS[2], "release": "x"}
+    store.write("transition.json", {"kind": "release", "by": "bob", "since": "then", "record": record})
+    assert look(world)["under_way"].startswith(f"interrupted: release of {TAGS[2]} by bob, begun at then")
+    lock = logic.Lock(store.lock_path)
+    lock.acquire(0)
+    lock.sign({"by": "carol", "since": "now", "pid": os.getpid(), "what": TAGS[2]})
+    assert look(world)["under_way"] == f"carol since now (process {os.getpid()}, releasing {TAGS[2]})"
+    lock.release()
+
+
+def test_a_service_that_is_not_there(tmp_path: Path) -> None:
+    assert module.service(logic.Store("x", str(tmp_path), str(tmp_path)), "x") is None
+
+
+def test_documentation_and_arguments_agree() -> None:
+    documented = yaml.safe_load(module.DOCUMENTATION)["options"]
+    assert set(documented) == set(module.ARGUMENTS)
+    for name, spec in module.ARGUMENTS.items():
+        for key in ("type", "default", "required"):
+            assert documented[name].get(key) == spec.get(key), (name, key)
+    yaml.safe_load(module.EXAMPLES)
+    yaml.safe_load(module.RETURN)

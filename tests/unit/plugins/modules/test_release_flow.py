@@ -1,0 +1,1062 @@
+"""Releases against a fake engine and a fake HAProxy: every path of a release, and a kill at every step of each."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ansible_collections.nemo.platform.plugins.module_utils import container_release as logic
+from ansible_collections.nemo.platform.plugins.module_utils import release_flow
+from ansible_collections.nemo.platform.plugins.modules import container_release as module
+from tests.unit.plugins.modules.fake_docker import image
+from tests.unit.plugins.modules.release_world import PORT, SECRET, TAGS, USER, World
+
+ONE, TWO, BROKEN, FOUR = (TAGS[number] for number in (1, 2, 3, 4))
+
+
+@pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)  # no power is lost here, and there are thousands
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory where there is some: a kill at every step makes thousands of small files."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+# -- the plain paths
+
+
+def test_first_release_runs_and_is_recorded(world: World) -> None:
+    done = world.release(1, operator="alice")
+    assert (done.changed, done.action) == (True, "released")
+    world.expect_settled(ONE)
+    record = world.record()
+    assert record["digest"] == image(1)["digest"]
+    assert record["image_id"] == image(1)["id"]
+    assert record["by"] == "alice"
+    entry = world.state()["history"][0]
+    assert (entry["tag"], entry["by"], entry["result"], entry["kind"]) == (ONE, "alice", "ok", "release")
+    assert entry["seconds"] > 0
+
+
+def test_no_change_costs_two_docker_commands(world: World) -> None:
+    world.release(1)
+    world.engine.calls.clear()
+    done = world.release(1)
+    assert (done.changed, done.action) == (False, "none")
+    assert len(world.engine.calls) <= 4
+    assert {" ".join(call[:2]) for call in world.engine.calls} == {"container ls", "container inspect"}
+
+
+def test_the_new_release_runs_beside_the_old_one_which_is_kept_standing_still(world: World) -> None:
+    first = world.release(1).record
+    assert first
+    done = world.release(2)
+    assert (done.changed, done.action) == (True, "replaced")
+    world.expect_settled(TWO)
+    assert world.kept() == [TWO, ONE]
+    assert world.box(first["release"])["status"] == "exited"
+    assert world.record()["host_port"] != first["host_port"]
+    assert world.record()["slot"] != first["slot"]
+
+
+def test_a_switch_is_no_reload(world: World) -> None:
+    world.release(1)
+    world.proxy.calls.clear()
+    world.release(2)
+    assert world.proxy.calls == ["switch with standby", "switch"]
+
+
+def test_old_releases_go_and_so_do_images_that_no_kept_release_needs(world: World) -> None:
+    for number in (1, 2, 4):
+        world.release(number, keep=1)
+    world.expect_settled(FOUR)
+    assert world.kept() == [FOUR, TWO]
+    assert len(world.engine.containers()) == 2
+    assert {entry["digest"] for entry in world.engine.load()["images"]} == {image(2)["digest"], image(4)["digest"]}
+
+
+def test_the_same_again_is_nothing_to_roll_back_to(world: World) -> None:
+    world.release(1)
+    world.release(2)
+    world.rollback()
+    world.release(2, force=True)
+    world.expect_settled(TWO)
+    assert world.kept() == [TWO, ONE]
+
+
+def test_prune_leaves_what_another_service_or_repository_needs(world: World) -> None:
+    world.engine.push("prod-0", image(9))
+    other = image(8, repository="registry/other")
+    world.engine.push("x", other)
+    world.engine.set(images=[image(9), other, image(7)])
+    world.engine.container("unrelated", image=image(7)["id"], port=9999)
+    world.release(None, name="ai-dev", tag="prod-0", port=8001)
+    world.proxy.set(file=None, running=None)  # of the other service
+    world.release(1)
+    assert {entry["id"] for entry in world.engine.load()["images"]} == {image(number)["id"] for number in (1, 7, 8, 9)}
+
+
+def test_a_digest_that_is_here_is_not_pulled(world: World) -> None:
+    world.engine.set(images=[image(1)], errors={"pull": "dial tcp: no such host"})
+    world.release(1)
+    world.expect_settled(ONE)
+
+
+def test_an_image_known_by_its_id_alone_is_run(world: World) -> None:
+    loaded = {**image(9), "digest": ""}
+    world.engine.set(images=[loaded])
+    world.release(None, tag="prod-9", digest=loaded["id"])
+    assert world.box()["argv"][-1] == loaded["id"]
+
+
+def test_without_a_digest_the_tag_is_resolved_in_every_run(world: World) -> None:
+    assert world.release(None, tag=ONE).changed
+    assert world.record()["digest"] == image(1)["digest"]
+    assert not world.release(None, tag=ONE).changed
+    state = world.engine.load()
+    state["registry"][f"registry/ai:{ONE}"] = image(2)  # the tag was moved
+    world.engine.save(state)
+    assert world.release(None, tag=ONE).changed
+    assert world.record()["digest"] == image(2)["digest"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"memory": "512m"}, {"environment": {"A": "b"}}, {"secrets": {"TOKEN": "other"}}, {"cpus": 1.5}],
+    ids=lambda values: next(iter(values)),
+)
+def test_a_change_of_settings_is_a_new_release(world: World, values: dict[str, Any]) -> None:
+    world.release(1)
+    assert world.release(1, **values).action == "replaced"
+    assert not world.release(1, **values).changed
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"health_path": "/ready"}, {"bake_time": 9, "settle_time": 4}, {"keep": 7}, {"strategy": "stop-start"}],
+    ids=lambda values: next(iter(values)),
+)
+def test_how_a_release_is_made_is_no_new_release(world: World, values: dict[str, Any]) -> None:
+    world.release(1)
+    assert not world.release(1, **values).changed
+
+
+def test_settings_of_the_public_port_are_no_new_release(world: World) -> None:
+    world.release(1)
+    first = world.state()["current"]
+    assert world.release(1, proxy_timeout=99).changed
+    assert world.proxy.load()["running"]["settings"]["timeout"] == 99
+    assert world.state()["current"] == first
+    assert not world.release(1, proxy_timeout=99).changed
+
+
+def test_container_is_confined_and_knows_its_release(world: World) -> None:
+    world.release(1, environment={"FLAG": True, "DOLLAR": "$HOME"})
+    argv = world.box()["argv"]
+    text = " ".join(argv)
+    for part in (
+        "--init",
+        "--read-only",
+        "--cap-drop ALL",
+        "--security-opt no-new-privileges",
+        "--restart unless-stopped",
+        "--memory 1073741824 --memory-swap 1073741824",
+        "--log-opt max-size=10m --log-opt max-file=3",
+        f"--publish 127.0.0.1:{world.record()['host_port']}:8000",
+        f"--user {USER}",
+        "--env FLAG=true",
+        "--env DOLLAR=$HOME",
+        f"--env IMAGE_TAG={ONE}",
+        f"--env IMAGE_DIGEST={image(1)['digest']}",
+        "--env RELEASE_ID=",
+        "--label nemo.spec=",
+        "--tmpfs /tmp:",
+    ):
+        assert part in text
+    assert argv[-1] == f"registry/ai@{image(1)['digest']}"
+
+
+def test_secrets_are_files_of_the_container_alone(world: World) -> None:
+    done = world.release(1)
+    release = world.record()["release"]
+    folder = world.path / "lib/ai-prod/releases" / release / "secrets"
+    assert (folder / "TOKEN").read_text() == SECRET
+    assert stat.S_IMODE((folder / "TOKEN").stat().st_mode) == 0o400
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o500
+    assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE((world.path / "lib/ai-prod").stat().st_mode) == 0o700
+    assert stat.S_IMODE((world.path / "lib/.key").stat().st_mode) == 0o600
+    assert stat.S_IMODE((world.path / "lib/ai-prod/state.json").stat().st_mode) == 0o600
+    assert f"--volume {folder}:/run/secrets:ro,Z" in " ".join(world.box()["argv"])
+    shown = json.dumps([world.engine.containers(), world.state(), module.difference("x", done.before, done.after)])
+    assert SECRET not in shown
+
+
+def test_a_release_that_lost_its_secrets_is_made_again(world: World) -> None:
+    world.release(1)
+    release = world.record()["release"]
+    shutil.rmtree(world.path / "lib/ai-prod/releases" / release)
+    foreseen = world.releaser(world.params(1), check_mode=True)
+    foreseen.present()
+    assert foreseen.action == "recovered"
+    assert world.release(1).changed
+    assert world.answering() == ONE
+    folder = world.path / "lib/ai-prod/releases" / world.record()["release"] / "secrets"
+    assert (folder / "TOKEN").read_text() == SECRET
+    assert not world.release(1).changed
+
+
+# -- what goes wrong
+
+
+def test_an_unhealthy_release_never_gets_a_request(world: World) -> None:
+    world.release(1)
+    world.proxy.calls.clear()
+    error, done = world.failing(3)
+    assert error.reason == "unhealthy"
+    assert f"{ONE} (" in error.text
+    assert "served all through" in error.text
+    assert error.log_tail == [f"starting {BROKEN}", f"RuntimeError: {BROKEN} is broken"]
+    assert done.action == "removed"
+    assert world.proxy.calls == []
+    world.expect_settled(ONE)
+    assert [entry["result"] for entry in world.state()["history"]] == ["failed", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason", "text"),
+    [
+        ("crash", "unhealthy", "ended with status 3"),
+        ("loop", "unhealthy", "ended with status"),
+        ("unhealthy", "unhealthy", "gave no healthy answer within 3 s: it answered 503"),
+        ("nostart", "platform", "exec format error"),
+    ],
+)
+def test_each_way_of_not_coming_up(world: World, behaviour: str, reason: str, text: str) -> None:
+    world.release(1)
+    world.engine.push("bad", image(6, behaviour))
+    error, _done = world.failing(None, tag="bad")
+    assert error.reason == reason
+    assert text in error.text
+    world.expect_settled(ONE)
+
+
+def test_what_failed_is_not_tried_again_unless_it_is_forced_or_changed(world: World) -> None:
+    world.release(1)
+    world.failing(3)
+    world.engine.calls.clear()
+    error, _done = world.failing(3)
+    assert error.reason == "failed_before"
+    assert "force" in error.advice
+    assert not [call for call in world.engine.calls if call[1] in ("create", "start")]
+    world.expect_settled(ONE)
+    assert world.failing(3, force=True)[0].reason == "unhealthy"
+    assert world.failing(3, environment={"MENDED": "yes"})[0].reason == "unhealthy"
+    state = world.engine.load()
+    state["registry"][f"registry/ai@{image(3)['digest']}"]["behaviour"] = "healthy"
+    for entry in state["images"]:
+        entry["behaviour"] = "healthy"
+    world.engine.save(state)
+    world.release(3, force=True)
+    world.expect_settled(BROKEN)
+    assert [entry["tag"] for entry in world.state()["failed"]] == [BROKEN]  # the other settings failed all the same
+
+
+@pytest.mark.parametrize("reason", ["registry_unreachable", "no_space"])
+def test_what_is_not_the_image_s_fault_is_tried_again(world: World, reason: str) -> None:
+    world.release(1)
+    world.engine.set(errors={"pull": PULL_ERRORS[reason]})
+    assert world.failing(2)[0].reason == reason
+    world.engine.set(errors={})
+    world.release(2)
+    world.expect_settled(TWO)
+
+
+def test_a_slow_start_is_waited_for(world: World) -> None:
+    world.engine.push("slow", image(6, "slow:4"))
+    world.release(None, tag="slow")
+    assert world.record()["tag"] == "slow"
+
+
+def test_a_failing_first_release_leaves_nothing(world: World) -> None:
+    error, done = world.failing(3)
+    assert "nothing serves now" in error.text
+    assert error.log_tail
+    assert done.action == "removed"
+    assert world.engine.containers() == {}
+    assert world.left() == ["state.json"]
+
+
+def test_a_smoke_request_decides_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.release(1)
+    asked: list[logic.Question] = []
+
+    def probe(_address: str, _port: int, question: logic.Question, _timeout: float) -> str | None:
+        asked.append(question)
+        return "its answer does not contain 'pong'" if question.path == "/v1/ping" else None
+
+    monkeypatch.setattr(world, "probe", probe)
+    smoke = {"path": "/v1/ping", "method": "POST", "body": "{}", "contains": "pong"}
+    error, _done = world.failing(2, smoke=smoke)
+    assert error.reason == "unhealthy"
+    assert "smoke request POST /v1/ping failed" in error.text
+    assert asked[-1].body == "{}"
+    monkeypatch.undo()
+    world.expect_settled(ONE)
+
+
+# -- the watch with real traffic
+
+
+def test_requests_that_fail_lead_the_traffic_back(world: World) -> None:
+    world.release(1)
+
+    def counters(slot: str) -> None:
+        state = world.proxy.load()
+        if world.answering() == TWO:
+            current, total, errors = state["counters"].get(slot, [0, 100, 7])
+            world.proxy.set(counters={slot: [current, total + 50, errors + 10]})
+
+    world.proxy.on_counters = counters
+    error, done = world.failing(2)
+    assert error.reason == "bake"
+    assert "requests failed (20.0 %)" in error.text
+    assert "serves again" in error.text
+    assert done.action == "restored"
+    world.expect_settled(ONE)
+    assert world.failing(2)[0].reason == "failed_before"
+
+
+def test_few_requests_decide_nothing(world: World) -> None:
+    world.release(1)
+    world.proxy.on_counters = lambda slot: world.proxy.set(
+        counters={slot: [0, world.proxy.load()["counters"].get(slot, [0, 0])[1] + 1, 99]}
+    )
+    world.release(2, bake_min_requests=1000)
+    world.expect_settled(TWO)
+
+
+@pytest.mark.parametrize("happens", [{"status": "exited", "exit": 4}, {"restarts": 1}, {"behaviour": "unhealthy"}])
+def test_a_release_that_dies_with_traffic_on_it_is_taken_back(world: World, happens: dict[str, Any]) -> None:
+    world.release(1)
+
+    def counters(_slot: str) -> None:
+        if world.answering() == TWO:
+            name = next(n for n, c in world.engine.containers().items() if c["labels"]["nemo.tag"] == TWO)
+            world.change(name, **happens)
+
+    world.proxy.on_counters = counters
+    error, _done = world.failing(2, bake_time=10)
+    assert error.reason == "bake"
+    assert error.log_tail
+    world.expect_settled(ONE)
+
+
+def test_requests_of_the_old_release_are_waited_for_and_then_ended(world: World) -> None:
+    world.release(1)
+    slot = world.record()["slot"]
+    world.proxy.set(counters={slot: [3, 10, 0]})
+    done = world.release(2)
+    assert any("3 requests were still being answered" in text for text in done.warnings)
+    assert "cut" in world.proxy.calls
+    world.expect_settled(TWO)
+
+
+# -- preflight
+
+PULL_ERRORS = {
+    "engine_down": "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?",
+    "registry_unreachable": "Error response from daemon: Get https://r/v2/: dial tcp 10.0.0.11:443: connect: connection refused",
+    "registry_certificate": "Error response from daemon: Get https://r/v2/: x509: certificate signed by unknown authority",
+    "authentication": "Error response from daemon: denied: Your authorization token has expired. Reauthenticate and try again.",
+    "not_found": "Error response from daemon: manifest for r/ai:x not found: manifest unknown: Requested image not found",
+    "no_space": "write /var/lib/docker/tmp/GetImageBlob1: no space left on device",
+    "platform": "no matching manifest for linux/amd64 in the manifest list entries",
+}
+
+
+@pytest.mark.parametrize("reason", PULL_ERRORS)
+def test_a_failing_pull_never_touches_the_old_release(world: World, reason: str) -> None:
+    world.release(1)
+    before = world.engine.containers()
+    world.engine.set(errors={"pull": PULL_ERRORS[reason]})
+    error, done = world.failing(2)
+    assert error.reason == reason
+    assert error.advice
+    assert not done.changed
+    after = world.engine.containers()
+    for name, entry in after.items():
+        entry["asked"] = before[name]["asked"]
+    assert after == before
+    world.expect_settled(ONE)
+
+
+def test_a_failing_create_never_touches_the_old_release(world: World) -> None:
+    world.release(1)
+    world.engine.set(errors={"container create": "mkdir: no space left on device"})
+    error, _done = world.failing(2)
+    assert error.reason == "no_space"
+    world.engine.set(errors={})
+    world.expect_settled(ONE)
+
+
+def test_a_foreign_platform_is_found_before_anything_is_started(world: World) -> None:
+    world.release(1)
+    world.engine.push("arm", image(6, platform="arm64"))
+    error, _done = world.failing(None, tag="arm")
+    assert error.reason == "platform"
+    assert "linux/arm64" in error.text
+    assert "linux/amd64" in error.text
+    world.expect_settled(ONE)
+
+
+def test_a_taken_port_names_its_holder(world: World) -> None:
+    world.engine.container("nginx", port=PORT)
+    error, _done = world.failing(1)
+    assert (error.reason, error.text) == ("port_taken", "port 8000 is taken by container nginx")
+    world.engine.container("nginx", port=80)
+    world.listening = "process 4711 (python3)"
+    error, _done = world.failing(1)
+    assert error.text == "port 8000 is taken by process 4711 (python3)"
+
+
+def test_a_port_that_is_taken_between_choice_and_start_is_another_s(world: World) -> None:
+    world.release(1)
+    taken: list[int] = []
+
+    def event(what: str) -> None:
+        if what == "docker container create" and len(taken) < 2:
+            box = next(c for c in world.engine.containers().values() if c["status"] == "created")
+            taken.append(box["port"])
+            world.engine.container(f"thief-{len(taken)}", port=box["port"])
+
+    world.releaser(world.params(2), event=event).present()
+    assert world.answering() == TWO
+    assert world.record()["host_port"] not in taken
+    assert len(taken) == 2
+
+
+def test_more_memory_than_the_host_has_is_refused(world: World) -> None:
+    error, _done = world.failing(1, memory="5g")
+    assert error.reason == "memory"
+    assert "4096 MiB" in error.text
+
+
+@pytest.mark.parametrize(("memory", "text"), [((2 << 30, 2 << 30), "may use 1024"), ((4 << 30, 1 << 29), "512 MiB")])
+def test_a_host_on_which_two_do_not_fit_says_so_and_offers_stop_start(
+    world: World, memory: tuple[int, int], text: str
+) -> None:
+    world.release(1)
+    world.memory = memory
+    before = world.engine.containers()
+    error, done = world.failing(2)
+    assert error.reason == "memory"
+    assert text in error.text
+    assert "strategy stop-start" in error.advice
+    assert not done.changed
+    assert list(world.engine.containers()) == list(before)
+    world.release(2, strategy="stop-start")
+    world.expect_settled(TWO)
+
+
+def test_stop_start_puts_the_old_release_back(world: World) -> None:
+    world.release(1)
+    error, done = world.failing(3, strategy="stop-start")
+    assert "serves again" in error.text
+    assert done.action == "restored"
+    world.expect_settled(ONE)
+
+
+def test_a_full_disk_is_refused_before_the_pull_and_old_images_go_first(world: World) -> None:
+    world.release(1)
+    state = world.engine.load()
+    state["images"].append(image(9))
+    world.engine.save(state)
+    error, _done = world.failing(2, min_free_disk_mb=10**9)
+    assert error.reason == "no_space"
+    assert "MB free" in error.text
+    assert image(9)["id"] not in [entry["id"] for entry in world.engine.load()["images"]]
+    world.expect_settled(ONE)
+
+
+def test_a_failing_commit_is_undone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.release(1)
+    write = logic.Store.write
+
+    def full(self: logic.Store, what: str, data: dict[str, Any]) -> None:
+        if what == "state.json" and self.read("transition.json") and data["current"] != current:
+            raise OSError(28, "No space left on device")
+        write(self, what, data)
+
+    current = world.state()["current"]
+    monkeypatch.setattr(logic.Store, "write", full)
+    error, _done = world.failing(2)
+    assert error.reason == "no_space"
+    world.expect_settled(ONE)
+
+
+def test_a_proxy_that_cannot_be_told_keeps_the_old_release(world: World) -> None:
+    world.release(1)
+    world.proxy.set(error="HAProxy refuses its configuration")
+    error, _done = world.failing(2)
+    assert error.reason == "proxy"
+    world.proxy.set(error="")
+    world.release(1)
+    world.expect_settled(ONE)
+
+
+def test_a_host_without_haproxy_is_told_so_before_anything_is_touched(world: World) -> None:
+    world.proxy.set(installed=False)
+    error, done = world.failing(1)
+    assert error.reason == "proxy_missing"
+    assert not done.changed
+
+
+def test_nothing_that_serves_at_all_is_said(world: World) -> None:
+    world.release(1)
+    world.change(behaviour="crash", status="exited")
+    error, _done = world.failing(3)
+    assert "DOES NOT SERVE EITHER" in error.text
+
+
+# -- rollback
+
+
+def test_rollback_goes_to_the_release_before_without_a_pull(world: World) -> None:
+    world.release(1)
+    world.release(2)
+    world.engine.set(errors={"pull": PULL_ERRORS["registry_unreachable"]})
+    done = world.rollback(operator="bob")
+    assert (done.changed, done.action) == (True, "rolled_back")
+    world.expect_settled(ONE)
+    assert world.kept() == [ONE, TWO]
+    assert world.state()["pinned"]["by"] == "bob"
+    assert world.state()["history"][0]["kind"] == "rollback"
+
+
+def test_a_rollback_does_not_go_forward_again(world: World) -> None:
+    world.release(1)
+    world.release(2)
+    world.rollback()
+    releaser = world.releaser(world.params(None, state="rolled_back"))
+    with pytest.raises(logic.ReleaseError) as caught:
+        releaser.rollback()
+    assert caught.value.reason == "no_release"
+    assert TWO in caught.value.text
+    world.rollback(release=TWO)
+    world.expect_settled(TWO)
+
+
+@pytest.mark.parametrize("by", ["release", "tag", "digest"])
+def test_rollback_to_a_named_release(world: World, by: str) -> None:
+    world.release(1)
+    name = world.record()[by]
+    world.release(2)
+    world.release(4)
+    world.rollback(release=name)
+    world.expect_settled(ONE)
+    assert not world.rollback(release=name).changed
+
+
+def test_rollback_takes_the_settings_and_secrets_of_then(world: World) -> None:
+    world.release(1, environment={"A": "then"})
+    world.release(1, environment={"A": "now"}, secrets={"TOKEN": "changed"})
+    world.rollback()
+    assert "--env A=then" in " ".join(world.box()["argv"])
+    folder = world.path / "lib/ai-prod/releases" / world.record()["release"] / "secrets"
+    assert (folder / "TOKEN").read_text() == SECRET
+
+
+def test_rollback_makes_a_container_that_somebody_removed_again(world: World) -> None:
+    world.release(1)
+    first = world.record()["release"]
+    world.release(2)
+    state = world.engine.load()
+    del state["containers"][f"ai-prod.{first}"]
+    world.engine.save(state)
+    world.rollback()
+    world.expect_settled(ONE)
+
+
+def test_a_rollback_that_fails_changes_nothing(world: World) -> None:
+    world.release(1)
+    first = world.record()["release"]
+    world.release(2)
+    world.change(f"ai-prod.{first}", behaviour="crash")
+    releaser = world.releaser(world.params(None, state="rolled_back"))
+    with pytest.raises(logic.ReleaseError):
+        releaser.rollback()
+    world.expect_settled(TWO)
+    assert world.kept() == [TWO, ONE]
+
+
+def test_rollback_without_a_release_before_says_what_there_is(world: World) -> None:
+    world.release(1)
+    error, _done = world.failing(None, state="rolled_back")
+    assert error.reason == "no_release"
+    assert "kept are: none" in error.text
+
+
+# -- a run over the whole site takes nothing back
+
+
+def test_the_site_leaves_a_newer_release_alone(world: World) -> None:
+    world.release(2)
+    done = world.release(1, intent="converge")
+    assert not done.changed
+    assert "is newer than" in done.kept
+    world.expect_settled(TWO)
+    world.release(1)
+    world.expect_settled(ONE)
+    world.release(2, intent="converge")
+    world.expect_settled(TWO)
+
+
+def test_the_site_goes_where_the_registry_goes_with_what_it_released_itself(world: World) -> None:
+    world.release(2, intent="converge")
+    world.release(1, intent="converge")
+    world.expect_settled(ONE)
+
+
+def test_the_site_leaves_a_rollback_and_a_pinned_hotfix_alone(world: World) -> None:
+    world.release(1)
+    world.release(2)
+    world.rollback()
+    done = world.release(2, intent="converge")
+    assert not done.changed
+    assert "rolled back from" in done.kept
+    world.engine.push("hotfix", image(6))
+    world.release(None, tag="hotfix", pin=True, operator="bob")
+    done = world.release(4, intent="converge")
+    assert "pinned to hotfix" in done.kept
+    assert "by bob" in done.kept
+    assert world.answering() == "hotfix"
+    world.release(4)
+    assert world.state()["pinned"] is None
+    world.expect_settled(FOUR)
+
+
+def test_the_site_still_changes_the_settings_of_what_is_pinned(world: World) -> None:
+    world.release(1, pin=True)
+    assert world.release(2, intent="converge", memory="512m").action == "replaced"
+    world.expect_settled(ONE)
+    assert world.record()["settings"]["memory"] == 512 << 20
+    assert world.state()["pinned"]
+
+
+# -- the way from a container that holds the public port
+
+
+def test_a_release_of_before_haproxy_is_moved_from_and_can_be_rolled_back_to(world: World) -> None:
+    world.old_container(1)
+    done = world.release(2)
+    assert done.action == "replaced"
+    world.expect_settled(TWO)
+    assert world.kept() == [TWO, ONE]
+    world.rollback()
+    world.expect_settled(ONE)
+
+
+def test_a_failing_move_leaves_the_old_container_as_it_was(world: World) -> None:
+    world.old_container(1)
+    world.failing(3)
+    assert world.answering() == ONE
+    assert list(world.engine.containers()) == ["ai-prod"]
+    assert not world.proxy.is_set_up()
+
+
+def test_a_move_that_fails_with_traffic_on_it_is_taken_back(world: World) -> None:
+    world.old_container(1)
+
+    def counters(_slot: str) -> None:
+        name = next((n for n, c in world.engine.containers().items() if c["labels"]["nemo.tag"] == TWO), "")
+        if name and world.proxy.is_set_up():
+            world.change(name, status="exited")
+
+    world.proxy.on_counters = counters
+    error, _done = world.failing(2)
+    assert error.reason == "bake"
+    assert world.answering() == ONE
+    assert not world.proxy.is_set_up()
+    assert world.proxy.load()["detour"] is None
+
+
+def test_a_container_of_other_origin_is_moved_from(world: World) -> None:
+    world.engine.container("ai-prod", port=PORT)
+    world.failing(3)
+    assert world.answering() == "other"
+    world.release(1)
+    world.expect_settled(ONE)
+    assert world.kept() == [ONE]
+
+
+@pytest.mark.parametrize("strategy", ["beside", "stop-start"])
+def test_a_move_by_either_strategy(world: World, strategy: str) -> None:
+    world.old_container(1)
+    world.failing(3, strategy=strategy)
+    assert world.answering() == ONE
+    world.release(2, strategy=strategy)
+    world.expect_settled(TWO)
+
+
+# -- a host that is not as the last run left it
+
+
+def test_a_stopped_release_serves_again(world: World) -> None:
+    world.release(1)
+    world.change(status="exited")
+    done = world.release(1)
+    assert (done.changed, done.action) == (True, "recovered")
+    world.expect_settled(ONE)
+
+
+def test_a_stopped_release_serves_again_even_when_the_new_one_cannot_be_pulled(world: World) -> None:
+    world.release(1)
+    world.change(status="exited")
+    world.engine.set(errors={"pull": PULL_ERRORS["registry_unreachable"]})
+    error, _done = world.failing(2)
+    assert error.reason == "registry_unreachable"
+    world.expect_settled(ONE)
+
+
+def test_a_paused_release_serves_again(world: World) -> None:
+    world.release(1)
+    world.change(status="paused")
+    assert world.release(1).changed
+    world.expect_settled(ONE)
+
+
+def test_a_release_that_hangs_is_replaced(world: World) -> None:
+    world.release(1)
+    first = world.record()["release"]
+    world.change(behaviour="unhealthy")
+    assert world.release(1).changed
+    assert world.answering() == ONE
+    assert world.record()["release"] != first
+
+
+def test_a_removed_container_is_made_again(world: World) -> None:
+    world.release(1)
+    state = world.engine.load()
+    state["containers"].clear()
+    world.engine.save(state)
+    assert world.release(1).changed
+    world.expect_settled(ONE)
+
+
+def test_a_proxy_that_is_gone_or_leads_elsewhere_is_put_in_order(world: World) -> None:
+    world.release(1)
+    for change in ({"running": None}, {"file": None, "running": None}):
+        world.proxy.set(**change)
+        assert world.answering() is None
+        assert world.release(1).changed
+        world.expect_settled(ONE)
+
+
+def test_a_container_that_nobody_knows_is_removed(world: World) -> None:
+    world.release(1)
+    world.engine.container("ai-prod.20200101T000000Z-aaaaaa", port=20001, status="exited")
+    world.change(
+        "ai-prod.20200101T000000Z-aaaaaa",
+        labels={"nemo.service": "ai-prod", "nemo.release": "20200101T000000Z-aaaaaa"},
+    )
+    world.release(1)
+    world.expect_settled(ONE)
+
+
+def test_absent_leaves_nothing(world: World) -> None:
+    world.release(1)
+    world.release(2)
+    params = world.params(None, state="absent", image="registry/ai")
+    done = world.releaser(params)
+    done.absent()
+    assert (done.changed, done.action) == (True, "removed")
+    assert world.engine.containers() == {}
+    assert world.engine.load()["images"] == []
+    assert not world.proxy.is_set_up()
+    assert not (world.path / "lib/ai-prod").exists()
+    again = world.releaser(params)
+    again.absent()
+    assert not again.changed
+
+
+# -- check mode
+
+
+def everything(path: Path) -> dict[str, bytes]:
+    return {str(entry): entry.read_bytes() for entry in sorted(path.rglob("*")) if entry.is_file()}
+
+
+@pytest.mark.parametrize(("number", "action"), [(1, "none"), (2, "replaced")])
+def test_check_mode_foresees_and_touches_nothing(world: World, number: int, action: str) -> None:
+    world.release(1)
+    state, proxy = world.engine.load(), world.proxy.load()
+    before = everything(world.path / "lib")
+    done = world.releaser(world.params(number), check_mode=True)
+    done.present()
+    assert (done.action, done.changed) == (action, action != "none")
+    assert everything(world.path / "lib") == before
+    after = world.engine.load()
+    for name, entry in after["containers"].items():
+        entry["asked"] = state["containers"][name]["asked"]
+    assert after == state
+    assert world.proxy.load() == proxy
+
+
+def test_check_mode_on_an_empty_host(world: World) -> None:
+    done = world.releaser(world.params(1), check_mode=True)
+    done.present()
+    assert done.action == "released"
+    assert not (world.path / "lib").exists()
+
+
+def test_check_mode_of_a_rollback(world: World) -> None:
+    world.release(1)
+    world.release(2)
+    before = everything(world.path / "lib")
+    done = world.releaser(world.params(None, state="rolled_back"), check_mode=True)
+    done.rollback()
+    assert (done.changed, done.action) == (True, "rolled_back")
+    assert everything(world.path / "lib") == before
+
+
+def test_check_mode_sees_an_interrupted_release(world: World) -> None:
+    world.release(1)
+    with_kill(world, 2, "docker container create")
+    done = world.releaser(world.params(1), check_mode=True)
+    done.present()
+    assert done.changed
+
+
+# -- a kill at every step
+
+ROLLBACK = -1
+
+
+def before_a_rollback(world: World) -> None:
+    world.release(2)
+    world.release(1)
+
+
+SCENARIOS: dict[str, tuple[Callable[[World], object], int, str]] = {
+    "first": (lambda world: None, 1, "beside"),
+    "first failing": (lambda world: None, 3, "beside"),
+    "replacing": (lambda world: world.release(1), 2, "beside"),
+    "failing": (lambda world: world.release(1), 3, "beside"),
+    "settings": (lambda world: world.release(2, memory="512m"), 2, "beside"),
+    "rolling back": (before_a_rollback, ROLLBACK, "beside"),
+    "moving": (lambda world: world.old_container(1), 2, "beside"),
+    "moving failing": (lambda world: world.old_container(1), 3, "beside"),
+    "stopping first": (lambda world: world.release(1), 2, "stop-start"),
+    "stopping first failing": (lambda world: world.release(1), 3, "stop-start"),
+}
+
+
+def params_of(world: World, number: int, strategy: str) -> dict[str, Any]:
+    if number == ROLLBACK:
+        return world.params(None, state="rolled_back", strategy=strategy)
+    return world.params(number, strategy=strategy)
+
+
+def counted(world: World, number: int, strategy: str, event: Callable[[str], None] = lambda what: None) -> list[str]:
+    """The steps of a run, in order."""
+    steps: list[str] = []
+
+    def happened(what: str) -> None:
+        steps.append(what)
+        event(what)
+
+    try:
+        world.act(world.releaser(params_of(world, number, strategy), event=happened))
+    except logic.ReleaseError:
+        pass
+    return steps
+
+
+def with_kill(world: World, number: int, at: int | str, strategy: str = "beside") -> str:
+    """Release in a process of its own that dies right after a step, as by SIGKILL: no handler, no finally runs."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        steps = 0
+
+        def event(what: str) -> None:
+            nonlocal steps
+            steps += 1
+            if at in (steps, what):
+                os.write(writer, what.encode())
+                os._exit(137)
+
+        try:
+            world.act(world.releaser(params_of(world, number, strategy), event=event))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    _pid, status = os.waitpid(child, 0)
+    what = os.read(reader, 200).decode()
+    os.close(reader)
+    assert os.waitstatus_to_exitcode(status) == 137, f"the run ended before step {at}"
+    return what
+
+
+def prepare(path: Path, scenario: str) -> World:
+    world = World(path)
+    SCENARIOS[scenario][0](world)
+    return world
+
+
+@functools.cache
+def points() -> list[tuple[str, int]]:
+    found = []
+    for scenario, (_start, number, strategy) in SCENARIOS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            steps = counted(prepare(Path(folder), scenario), number, strategy)
+            found += [(scenario, at + 1) for at in range(len(steps))]
+    return found
+
+
+THEN = ("again", "back", "other")
+EVERY = ("replacing", "moving")  # with each thing that may follow; for the others they take turns
+
+
+@pytest.mark.parametrize(
+    ("scenario", "at", "then"),
+    [
+        (scenario, at, then)
+        for scenario, at in points()
+        for number, then in enumerate(THEN)
+        if scenario in EVERY or at % len(THEN) == number
+    ],
+)
+def test_after_a_kill_at_any_step_the_next_run_ends_well(tmp_path: Path, scenario: str, at: int, then: str) -> None:
+    world = prepare(tmp_path, scenario)
+    _start, number, strategy = SCENARIOS[scenario]
+    before = world.answering()
+    with_kill(world, number, at, strategy)
+    if strategy == "beside" and before:
+        assert world.answering(), "the kill alone took the service down"
+    if then == "again" and number == ROLLBACK:
+        with contextlib.suppress(logic.ReleaseError):  # it had been rolled back already
+            world.rollback()
+        assert world.answering() in (ONE, TWO)
+        world.expect_settled(ONE, TWO)
+        return
+    following = {"again": number, "back": 2 if number == ROLLBACK else 1, "other": 4}[then]
+    try:
+        world.release(following, strategy=strategy, force=True)
+    except logic.ReleaseError:
+        assert following == 3
+        assert world.answering() == before
+        if before is None:
+            assert world.engine.containers() == {}
+            assert world.left() == ["state.json"]
+        elif "moving" not in scenario:
+            world.expect_settled(ONE)
+        return
+    assert following != 3
+    world.expect_settled(TAGS[following])
+    assert not world.release(following, strategy=strategy).changed
+
+
+@pytest.mark.parametrize("scenario", [name for name, (_s, _n, strategy) in SCENARIOS.items() if strategy == "beside"])
+def test_a_client_is_answered_at_every_step(tmp_path: Path, scenario: str) -> None:
+    world = prepare(tmp_path, scenario)
+    _start, number, strategy = SCENARIOS[scenario]
+    if world.answering() is None:
+        return  # there is nothing yet that could be taken down
+    down: list[str] = []
+
+    def event(what: str) -> None:
+        if world.answering() is None:
+            down.append(what)
+
+    counted(world, number, strategy, event)
+    assert down == []
+
+
+@pytest.mark.parametrize(
+    ("scenario", "at"), [point for point in points() if point[0] in ("replacing", "rolling back", "moving")]
+)
+def test_two_kills_in_a_row_are_survived_too(tmp_path: Path, scenario: str, at: int) -> None:
+    _start, number, strategy = SCENARIOS[scenario]
+    for second in range(1 + at % 5, 60, 5):  # a fifth of all pairs; neighbours differ by a look at the engine
+        path = tmp_path / str(second)
+        path.mkdir()
+        world = prepare(path, scenario)
+        with_kill(world, number, at, strategy)
+        try:
+            with_kill(world, number, second, strategy)
+        except AssertionError:
+            break
+        assert world.answering()
+        world.release(4)
+        world.expect_settled(FOUR)
+
+
+@pytest.mark.parametrize("what", ["proxy", "engine"])
+@pytest.mark.parametrize("scenario", ["replacing", "rolling back"])
+def test_haproxy_or_the_host_may_start_again_at_any_step(tmp_path: Path, scenario: str, what: str) -> None:
+    """With a kill of the run at the same moment, as by a reboot of the host."""
+    _start, number, strategy = SCENARIOS[scenario]
+    for at in [at for name, at in points() if name == scenario]:
+        path = tmp_path / str(at)
+        path.mkdir()
+        world = prepare(path, scenario)
+        with_kill(world, number, at, strategy)
+        world.proxy.kill()
+        if what == "engine":  # containers that ran come back, those that were stopped do not
+            for name, entry in world.engine.containers().items():
+                world.change(name, status="running" if entry["status"] == "running" else entry["status"])
+        assert world.answering(), at
+        world.release(4)
+        world.expect_settled(FOUR)
+
+
+@pytest.mark.parametrize("when", ["before the pull", "after a prune in the middle"])
+def test_lock_of_the_images_that_another_run_keeps_is_named(
+    world: World, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    held = logic.Lock(str(world.path / "run/images.lock"))
+    values: dict[str, Any] = {"lock_timeout": 0}
+    if when == "before the pull":
+        held.acquire(0)
+    else:
+        values["min_free_disk_mb"] = 10**9
+        monkeypatch.setattr(release_flow.Releaser, "prune", lambda self: held.acquire(0))
+    error, _done = world.failing(1, **values)
+    assert error.reason == "lock"
+    assert "images.lock" in str(error)
+    assert world.engine.containers() == {}
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "expected"),
+    [
+        ("prod-20260101-0002", "prod-20260101-0001", True),
+        ("prod-20260101-0001", "prod-20260101-0001", False),
+        ("dev-20260101-0002", "prod-20260101-0001", False),
+        ("hotfix", "prod-20260101-0001", False),
+    ],
+)
+def test_newer(one: str, two: str, expected: bool) -> None:
+    assert release_flow.newer(one, two) is expected
