@@ -288,6 +288,8 @@ def create(
         "create", "--name", name, "--hostname", hostname, "--network", NETWORK, "--ip", address, *names, *CAPABILITIES,
         "--security-opt=seccomp=unconfined", "--security-opt=apparmor=unconfined", "--cgroupns=private",
         "--tmpfs=/run", "--tmpfs=/run/lock", "--tmpfs=/tmp:exec,mode=1777", "--volume=/var/lib/docker",
+        # Loop devices, which stand for volumes.
+        "--device-cgroup-rule=b 7:* rmw", "--device-cgroup-rule=c 10:237 rmw",
         "--stop-signal=SIGRTMIN+3", "--memory=4g",
         "--label", f"{LABEL}={STATE.parent}", "--label", f"nemo.lab.contents={fingerprint}", image, "/sbin/init",
     )  # fmt: skip

@@ -85,6 +85,8 @@ AI_PACKAGES = ["python3-minimal", "python3-fastapi", "python3-uvicorn"]
 MIRROR_PACKAGES = [
     "docker.io", "iptables", "tini", "amazon-ecr-credential-helper", "chrony", "unattended-upgrades", "jq", "acl",
     "dnf", "rpm", "createrepo-c", "file", "docker-registry", "bash-completion", "gnupg", "unzip", "faketime", "haproxy",
+    # file systems, and what else may be on a volume
+    "xfsprogs", "e2fsprogs", "fdisk", "lvm2", "cryptsetup-bin", "btrfs-progs", "libnuma1",
     # the Bastion's tools for debugging the network
     "bind9-dnsutils", "tcpdump", "traceroute", "mtr-tiny", "netcat-openbsd", "socat", "nmap", "ethtool", "iperf3", "lsof",
     "strace", "openssl", "mariadb-client", "kcat", "redis-tools", "git", "rsync", "tmux",
