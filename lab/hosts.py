@@ -20,6 +20,7 @@ from lab.console import LabError, say
 from lab.engine import Engine, tar_entry
 from lab.run import run, text
 from lab.settings import (
+    AI_SERVERS,
     BASTION,
     CHECKOUT,
     EKS_NODES,
@@ -36,6 +37,7 @@ from lab.settings import (
     SUBNET,
     SUITE,
     USER,
+    VLLM_PORT,
     Host,
 )
 
@@ -121,7 +123,9 @@ def security_group(host: Host) -> str:
     elif host == BASTION:
         allowed = f"ip saddr {MACHINE} tcp dport 22 accept"  # the operators' named addresses
     else:
-        allowed = f"ip saddr {bastion} tcp dport 22 accept\n    ip saddr {{ {EKS_NODES}, {bastion} }} tcp dport {SERVICE_PORTS} accept"
+        allowed = f"""ip saddr {bastion} tcp dport 22 accept
+    ip saddr {{ {EKS_NODES}, {bastion} }} tcp dport {SERVICE_PORTS} accept
+    ip saddr {{ {", ".join(AI_SERVERS)} }} tcp dport {VLLM_PORT} accept"""
     return f"""table inet nemo_lab_security_group
 delete table inet nemo_lab_security_group
 table inet nemo_lab_security_group {{

@@ -42,6 +42,7 @@ NAMES = {
 
 EKS_NODES = "10.0.3.0-10.0.5.255"
 SERVICE_PORTS = "8000-8002"
+VLLM_PORT = 8002
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,7 @@ HOSTS = (
 # A node of the cluster: a neighbour of the hosts that this project configures, and none of them.
 NODE = Host("eks-node", "10.0.3.11", "eks-node", instance_type="t3.large", subnet="10.0.3.0/24", tag="eks-node-a")
 INSTANCES = (*HOSTS, NODE)
+AI_SERVERS = tuple(host.address for host in HOSTS if host.role in ("vllm", "ai"))  # one security group
 OPERATORS = ("alice", "bob", "mallory")  # who has a key pair in the lab; the inventory says who of them may do what
 
 # The base image of every lab host: what an instance has at its first boot.

@@ -65,6 +65,8 @@ def test_one_line_for_each_flow(healthy):
         ("eks-node-a-10.0.3.11 > ai-prod-10.0.2.31:8000 ai-prod", "HTTP 200"),
         ("outside > ai-prod-10.0.2.31:8000 ai-prod", "closed"),
         ("eks-node-a-10.0.3.11 > vllm-10.0.2.20:8002 vllm", "HTTP 200"),
+        ("ai-prod-10.0.2.31 > vllm-10.0.2.20:8002 vllm", "HTTP 200"),
+        ("ai-dev-10.0.2.32 > ai-prod-10.0.2.31:8000 ai-prod", "closed"),
         ("ai-dev-10.0.2.32 > ai-prod-10.0.2.31:22 ssh", "closed"),
         ("outside > bastion-10.0.1.10:22 ssh", "SSH-2.0"),
         ("vllm-10.0.2.20 > registry:443 registry", "HTTP 401, certificate for"),

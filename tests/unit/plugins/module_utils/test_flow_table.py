@@ -71,8 +71,8 @@ WANTED = {
     "bastion": {"prod:8000", "dev:8001", "vllm:8002", "vllm:22", "prod:22", "dev:22", "node:22", "node:9094",
                 "node:30080", "node:443", "cluster-api:443", *API},
     "vllm": {"node:9094", "node:30080", "node:443", *API},
-    "prod": {"node:9094", "node:30080", "node:443", *API},
-    "dev": {"node:9094", "node:30080", "node:443", *API},
+    "prod": {"vllm:8002", "node:9094", "node:30080", "node:443", *API},
+    "dev": {"vllm:8002", "node:9094", "node:30080", "node:443", *API},
     "node": {"prod:8000", "dev:8001", "vllm:8002", "cluster-api:443", "database:3306", *API},
 }  # fmt: skip
 
@@ -100,7 +100,7 @@ def test_all_else_is_closed_and_nothing_is_forgotten() -> None:
     ("source", "place"),
     [
         ("outside", "prod:8000"), ("outside", "prod:22"), ("outside", "node:30080"), ("bastion", "database:3306"),
-        ("prod", "database:3306"), ("prod", "dev:22"), ("prod", "vllm:8002"), ("vllm", "prod:8000"), ("node", "prod:22"),
+        ("prod", "database:3306"), ("prod", "dev:22"), ("prod", "dev:8001"), ("vllm", "prod:8000"), ("node", "prod:22"),
         ("dev", "bastion:22"), ("dev", "node:22"),
     ],
 )  # fmt: skip
