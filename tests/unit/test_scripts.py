@@ -102,8 +102,11 @@ class TestRunner:
     def whole(self, tests: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         """Run stages of our own instead of the project's."""
 
-        def run(*commands: tuple[str, str], minutes: float = 1) -> int:
-            made = [tests.Stage(name, ["/bin/sh", "-c", line], tests.from_own_line, minutes) for name, line in commands]
+        def run(*commands: tuple[str, str], minutes: float = 1, beside: bool = False) -> int:
+            made = [
+                tests.Stage(name, ["/bin/sh", "-c", line], tests.from_own_line, minutes, beside=beside)
+                for name, line in commands
+            ]
             monkeypatch.setattr(tests, "stages", lambda lab_was_up: made)
             monkeypatch.setattr(tests, "lab_is_up", lambda: False)
             monkeypatch.setattr(tests, "KEPT", tmp_path / "kept")
@@ -143,6 +146,20 @@ class TestRunner:
     ) -> None:
         started = time.monotonic()
         assert whole(("a", f"(sleep 60; touch '{tmp_path}/late') & sleep 60"), minutes=1 / 60) == 1
+        assert time.monotonic() - started < 20
+        assert self.last_line(capfd) == "0 passed, 1 failed"
+
+    def test_side_by_side(self, whole, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        first = f"for i in $(seq 100); do [ -e '{tmp_path}/other' ] && echo '1 passed, 0 failed' && exit; sleep 0.1; done"
+        assert whole(("a", first), ("b", f"touch '{tmp_path}/other'; echo '2 passed, 0 failed'"), beside=True) == 0
+        lines = capfd.readouterr().out.splitlines()
+        assert "a: 1 passed, 0 failed" in lines
+        assert lines[-1] == "3 passed, 0 failed"
+
+    def test_an_interruption_ends_what_runs(self, whole, capfd: pytest.CaptureFixture[str]) -> None:
+        started = time.monotonic()
+        stop = f"sleep 0.5; kill -INT {os.getpid()}; sleep 60"
+        assert whole(("a", "sleep 60"), ("b", stop), beside=True) == 1
         assert time.monotonic() - started < 20
         assert self.last_line(capfd) == "0 passed, 1 failed"
 
