@@ -37,6 +37,18 @@ def on() -> Callable[[str], Any]:
 
 
 @pytest.fixture
+def container(on: Callable[[str], Any]) -> Callable[[str, str], str]:
+    """The container that runs a service on a host: its release is part of its name."""
+
+    def name(host: str, service: str) -> str:
+        listing = "docker ps --filter label=nemo.service=%s --format '{{.Names}}'"
+        (found,) = on(host).check_output(listing, service).split()
+        return str(found)
+
+    return name
+
+
+@pytest.fixture
 def ssh_from() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a command on a host as the plain login user, without sudo."""
 

@@ -34,18 +34,25 @@ def access(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def say(on: Callable[[str], Any]) -> Callable[[str, str], None]:
+def say(on: Callable[[str], Any], container: Callable[[str, str], str]) -> Callable[[str, str], None]:
     """A line in the log of a host's service, by the service's own process."""
 
     def write(host: str, text: str) -> None:
         program = f"open('/proc/1/fd/1', 'w').write('{text}' + chr(10))"
-        on(host).check_output("docker exec %s python3 -c %s", host, program)
+        on(host).check_output("docker exec %s python3 -c %s", container(host, host), program)
 
     return write
 
 
-def started(on: Callable[[str], Any], name: str) -> str:
-    return str(on(name).check_output("docker container inspect --format '{{.State.StartedAt}}' %s", name))
+@pytest.fixture
+def started(on: Callable[[str], Any], container: Callable[[str, str], str]) -> Callable[[str], str]:
+    """When the container of a host's service was started."""
+
+    def when(name: str) -> str:
+        shown = "docker container inspect --format '{{.State.StartedAt}}' %s"
+        return str(on(name).check_output(shown, container(name, name)))
+
+    return when
 
 
 def test_without_a_tag_it_says_how_it_is_used() -> None:
@@ -94,25 +101,25 @@ def test_who_has_access() -> None:
         assert re.search(r" [1-9]\d*, since 20", row), "the session of this very run is open"
 
 
-def test_a_service_is_restarted_and_healthy_when_the_run_ends(on, get_json) -> None:
-    before, other = started(on, "ai-dev"), started(on, "ai-prod")
+def test_a_service_is_restarted_and_healthy_when_the_run_ends(started, get_json) -> None:
+    before, other = started("ai-dev"), started("ai-prod")
     done = access("--tags", "restart", "-e", "service=ai-dev")
     assert done.returncode == 0, done.stdout
     assert get_json("bastion", "http://10.0.2.32:8001/health")["status"] == "ok"
     assert "http://127.0.0.1:8001/health is healthy after" in " ".join(done.stdout.split())
-    assert started(on, "ai-dev") > before
-    assert started(on, "ai-prod") == other
+    assert started("ai-dev") > before
+    assert started("ai-prod") == other
 
 
-def test_check_mode_restarts_nothing(on) -> None:
-    before = started(on, "ai-dev")
+def test_check_mode_restarts_nothing(started) -> None:
+    before = started("ai-dev")
     done = access("--tags", "restart", "-e", "service=ai-dev", "--check")
     assert done.returncode == 0, done.stdout
     assert "ai-dev would be restarted" in done.stdout
-    assert started(on, "ai-dev") == before
+    assert started("ai-dev") == before
 
 
-def test_a_restart_waits_for_a_release_that_is_at_work(on) -> None:
+def test_a_restart_waits_for_a_release_that_is_at_work(on, started) -> None:
     """Held for a few seconds, as a release holds it."""
     holder = "import fcntl, time; f = open('/run/nemo/ai-dev.lock', 'r+'); fcntl.flock(f, fcntl.LOCK_EX); time.sleep(25); print(time.time())"
     released: list[float] = []
@@ -122,9 +129,7 @@ def test_a_restart_waits_for_a_release_that_is_at_work(on) -> None:
     done = access("--tags", "restart", "-e", "service=ai-dev")
     thread.join()
     assert done.returncode == 0, done.stdout
-    began = on("ai-dev").check_output(
-        "date --date=$(docker container inspect --format '{{.State.StartedAt}}' ai-dev) +%s.%N"
-    )
+    began = on("ai-dev").check_output("date --date=%s +%%s.%%N", started("ai-dev"))
     assert float(began) >= released[0] - 0.1
 
 

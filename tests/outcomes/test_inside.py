@@ -39,16 +39,9 @@ def test_security_updates_leave_drivers_kernels_and_the_engine_alone(on, name):
     assert on(name).check_output("apt-config shell reboot Unattended-Upgrade::Automatic-Reboot") == "reboot='false'"
 
 
-def container(host, service):
-    """The name of the container that runs the service: its release is in it."""
-    names = host.check_output("docker ps --filter label=nemo.service=%s --format '{{.Names}}'", service).split()
-    assert len(names) == 1, names
-    return names[0]
-
-
 @pytest.mark.parametrize(("name", "service"), SERVICES)
-def test_the_container_is_confined(on, name, service):
-    running = container(on(name), service)
+def test_the_container_is_confined(on, container, name, service):
+    running = container(name, service)
     settings = json.loads(on(name).check_output("docker container inspect %s", running))[0]
     host = settings["HostConfig"]
     assert settings["Config"]["User"] == "10001:10001"
@@ -64,16 +57,16 @@ def test_the_container_is_confined(on, name, service):
 
 
 @pytest.mark.parametrize(("name", "service"), SERVICES)
-def test_no_process_of_the_service_is_root(on, name, service):
-    users = on(name).check_output("docker top %s -eo pid,uid", container(on(name), service)).split()[3::2]
+def test_no_process_of_the_service_is_root(on, container, name, service):
+    users = on(name).check_output("docker top %s -eo pid,uid", container(name, service)).split()[3::2]
     assert users
     assert set(users) == {"10001"}
 
 
 @pytest.mark.parametrize(("name", "service"), SERVICES)
-def test_a_secret_is_in_files_of_root_alone(on, name, service):
+def test_a_secret_is_in_files_of_root_alone(on, container, name, service):
     host, secret = on(name), SECRETS[service]
-    running = container(host, service)
+    running = container(name, service)
     assert secret not in host.check_output("docker container inspect %s", running)
     assert secret not in host.check_output("docker logs %s 2>&1", running)
     journal = host.check_output("journalctl --no-pager --boot").splitlines()
@@ -85,10 +78,10 @@ def test_a_secret_is_in_files_of_root_alone(on, name, service):
 
 
 @pytest.mark.parametrize(("name", "service"), SERVICES)
-def test_nothing_is_left_of_a_release(on, name, service):
+def test_nothing_is_left_of_a_release(on, container, name, service):
     """One container runs; what else there is are kept releases, that stand still and are known."""
     host = on(name)
-    assert container(host, service)
+    assert container(name, service)
     kept = host.check_output("docker ps --all --format '{{.Names}}'").split()
     known = {
         entry["release"]
