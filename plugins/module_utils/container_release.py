@@ -32,6 +32,7 @@ OLD_FORMAT = 1  # of releases that held the public port themselves
 MINIMUM_MEMORY = 64 * 1024 * 1024
 RESERVED_ENVIRONMENT = ("IMAGE_TAG", "IMAGE_DIGEST", "RELEASE_ID")
 LOG_LINES = 20
+PROBE_AGENT = "nemo-container-release"  # how health questions name themselves
 
 ADVICE = {
     "authentication": "Check this host's registry credentials: its instance role needs ECR read access, an ECR token"
@@ -42,6 +43,8 @@ ADVICE = {
     "bake": "Read the log lines of the failed release. It was healthy, and then failed with real traffic: mend it, and"
     " release it under a new tag, or with force.",
     "failed_before": "Release a newer image. To try this one again all the same, set force (-e force=true).",
+    "mount": "Mount what is missing on this host, or name another folder; nothing was stopped.",
+    "runtime": "Install that runtime and name it in the engine's daemon.json (role docker_engine, docker_engine_runtimes).",
     "memory": "Lower the service's memory, free memory on the host, or let the old release stop before the new one starts:"
     " strategy stop-start.",
     "no_release": "Name one of the releases that this host has kept; playbooks/releases.yml lists them.",
@@ -191,7 +194,7 @@ def check_request(params: Mapping[str, Any]) -> list[str]:
     if params.get("cpus") is not None:
         need("cpus", params["cpus"] > 0, "more than 0, such as 0.5 or 2")
     need("user", bool(re.match(r"^\d+(:\d+)?$", params["user"])), "a numeric uid or uid:gid, such as 10001:10001")
-    need("health_path", params["health_path"].startswith("/"), "a path that begins with /")
+    wrong += check_container(params) + check_health(params)
     for name, least in (
         ("health_status", 100),
         ("health_timeout", 1),
@@ -205,7 +208,8 @@ def check_request(params: Mapping[str, Any]) -> list[str]:
         ("proxy_keep_alive", 1),
         ("proxy_max_connections", 10),
         ("proxy_retries", 0),
-        ("pids_limit", 1),
+        ("pids_limit", 0),
+        ("proxy_retry_after", 0),
         ("log_max_file", 1),
         ("pull_timeout", 1),
         ("stop_timeout", 0),
@@ -238,9 +242,52 @@ def check_request(params: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
+def check_container(params: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the container's command, mounts, runtime and shared memory."""
+    wrong: list[str] = []
+    if params["runtime"] and not re.match(r"^[A-Za-z0-9][\w.-]*$", params["runtime"]):
+        wrong.append("runtime is %r; allowed: the name of a runtime of the engine, such as nvidia" % params["runtime"])
+    if params["shm_size"]:
+        try:
+            parse_size(params["shm_size"])
+        except ValueError:
+            text = "shm_size is %r; allowed: a number with b, k, m or g, such as 512m or 1g"
+            wrong.append(text % params["shm_size"])
+    targets: set[str] = set()
+    for number, mount in enumerate(params["mounts"] or []):
+        for side in ("source", "target"):
+            path = str(mount[side])
+            # docker reads a mount as fields with commas between them
+            if not path.startswith("/") or os.path.normpath(path) != path or re.search(r'[,"\s]', path):
+                text = "mounts[%d].%s is %r; allowed: an absolute path without .., commas, quotes and blanks"
+                wrong.append(text % (number, side, path))
+        if mount["target"] in targets or mount["target"] in ("/", "/run/secrets"):
+            text = "mounts[%d].target is %r; allowed: a folder of its own, neither / nor /run/secrets"
+            wrong.append(text % (number, mount["target"]))
+        targets.add(mount["target"])
+    for number, word in enumerate(params["command"] or []):
+        if "\0" in word:
+            wrong.append("command[%d] has a NUL character; allowed: text without one" % number)
+    return wrong
+
+
+def check_health(params: Mapping[str, Any]) -> list[str]:
+    wrong: list[str] = []
+    for name in ("health_path", "proxy_check_path"):
+        # It becomes a request line, and a line of HAProxy's configuration.
+        if not re.match(r"^/[!-~]*$", params[name]) or re.search(r"[\"'#\\]", params[name]):
+            wrong.append("%s is %r; allowed: a path that begins with /, without blanks, quotes and #" % (name, params[name]))
+    if params["health_request_timeout"] <= 0:
+        text = "health_request_timeout is %r; allowed: more than 0 seconds"
+        wrong.append(text % params["health_request_timeout"])
+    if params["health_body"] and params["health_method"] == "GET":
+        wrong.append("health_body is set and health_method is GET; allowed: a body with health_method POST")
+    return wrong
+
+
 def settings_of(params: Mapping[str, Any], digest: str | None, secrets_revision: str) -> Settings:
     """What defines a release, without a secret value in it: this is hashed, labelled, recorded and shown in a diff."""
-    return {
+    settings = {
         "image": params["image"],
         "tag": params["tag"],
         "digest": digest,
@@ -259,6 +306,15 @@ def settings_of(params: Mapping[str, Any], digest: str | None, secrets_revision:
         "log_max_file": params["log_max_file"],
         "stop_timeout": params["stop_timeout"],
     }
+    # Only where they are set: a release of before these inputs is still the same release.
+    later = {
+        "command": list(params["command"] or []),
+        "mounts": [{key: mount[key] for key in ("source", "target", "read_only")} for mount in params["mounts"] or []],
+        "runtime": params["runtime"] or "",
+        "shm_size": parse_size(params["shm_size"]) if params["shm_size"] else 0,
+    }
+    settings.update({key: value for key, value in later.items() if value})
+    return settings
 
 
 def spec_of(settings: Settings) -> str:
@@ -294,7 +350,7 @@ def question_of(data: Mapping[str, Any]) -> Question:
 
 def health_of(params: Mapping[str, Any]) -> Record:
     """How a release is proven: kept with it, so that a rollback proves it in the same way."""
-    return {
+    health = {
         "path": params["health_path"],
         "status": params["health_status"],
         "contains": params["health_contains"] or "",
@@ -303,6 +359,19 @@ def health_of(params: Mapping[str, Any]) -> Record:
         "settle": params["settle_time"],
         "smoke": params["smoke"] or {},
     }
+    later = {
+        "method": params["health_method"] if params["health_method"] != "GET" else "",
+        "headers": params["health_headers"],
+        "body": params["health_body"],
+        "request_timeout": params["health_request_timeout"] if params["health_request_timeout"] != 5 else 0,
+    }
+    health.update({key: value for key, value in later.items() if value})
+    return health
+
+
+def request_timeout(health: Mapping[str, Any]) -> float:
+    """Seconds that one answer to a release's health question may take."""
+    return float(health.get("request_timeout") or 5)
 
 
 def create_arguments(name: str, reference: str, record: Record, secrets_path: str | None) -> list[str]:
@@ -311,7 +380,13 @@ def create_arguments(name: str, reference: str, record: Record, secrets_path: st
     arguments = ["--name", name, "--pull", "never", "--init", "--restart", "unless-stopped"]
     arguments += ["--security-opt", "no-new-privileges", "--cap-drop", "ALL", "--user", wanted["user"]]
     arguments += ["--memory", str(wanted["memory"]), "--memory-swap", str(wanted["memory"])]
-    arguments += ["--pids-limit", str(wanted["pids_limit"]), "--stop-timeout", str(wanted["stop_timeout"])]
+    arguments += ["--stop-timeout", str(wanted["stop_timeout"])]
+    if wanted["pids_limit"]:
+        arguments += ["--pids-limit", str(wanted["pids_limit"])]
+    if wanted.get("runtime"):
+        arguments += ["--runtime", wanted["runtime"]]
+    if wanted.get("shm_size"):
+        arguments += ["--shm-size", str(wanted["shm_size"])]
     if wanted["cpus"] is not None:
         arguments += ["--cpus", str(wanted["cpus"])]
     arguments += ["--log-driver", "json-file"]
@@ -325,6 +400,10 @@ def create_arguments(name: str, reference: str, record: Record, secrets_path: st
         arguments.append("--read-only")
     for mount in wanted["tmpfs"]:
         arguments += ["--tmpfs", mount if ":" in mount else "%s:rw,nosuid,nodev,mode=1777" % mount]
+    for mount in wanted.get("mounts") or []:
+        # Not --volume: that would create a missing source, as an empty folder of root's.
+        access = ",readonly" if mount["read_only"] else ""
+        arguments += ["--mount", "type=bind,source=%s,target=%s%s" % (mount["source"], mount["target"], access)]
     if wanted["network"]:
         arguments += ["--network", wanted["network"]]
     # On the loopback address: HAProxy owns the public one.
@@ -339,7 +418,7 @@ def create_arguments(name: str, reference: str, record: Record, secrets_path: st
     for key in ("service", "release", "tag", "digest", "spec"):
         arguments += ["--label", "nemo.%s=%s" % (key, record[key])]
     arguments += ["--label", "nemo.record=%s" % json.dumps(record, sort_keys=True), reference]
-    return arguments
+    return arguments + list(wanted.get("command") or [])
 
 
 # -- the host's files -------------------------------------------------------------------------------------------------
@@ -734,12 +813,13 @@ class Docker:
                 time.sleep(0.5)
         self.fail("%s cannot be removed" % name, err)
 
-    def logs(self, name: str, health_path: str) -> list[str]:
+    def logs(self, name: str, health: Mapping[str, Any]) -> list[str]:
         """The last lines of a container's log, without those that only say that its health was asked for."""
+        asked = '"%s %s HTTP' % (health.get("method") or "GET", health["path"])
         rc, out, err = self.run(["docker", "container", "logs", "--tail", str(10 * LOG_LINES), name])
         # An application writes to either stream; what it said on stderr is what matters more, so it stands last.
         lines = [] if rc else [line.rstrip() for line in (out + err).splitlines() if line.strip()]
-        telling = [line for line in lines if '"GET %s HTTP' % health_path not in line]
+        telling = [line for line in lines if asked not in line]
         return (telling or lines)[-LOG_LINES:]
 
     def publishers(self, port: int) -> list[str]:
@@ -771,7 +851,7 @@ def probe_http(address: str, port: int, question: Question, timeout: float) -> s
     """One request; None when it is answered as it should be, otherwise what was wrong."""
     connection = http.client.HTTPConnection(address, port, timeout=timeout)
     try:
-        headers = {"User-Agent": "nemo-container-release", "Connection": "close"}
+        headers = {"User-Agent": PROBE_AGENT, "Connection": "close"}
         headers.update(question.headers)
         connection.request(question.method, question.path, body=question.body.encode() or None, headers=headers)
         answer = connection.getresponse()

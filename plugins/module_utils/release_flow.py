@@ -49,6 +49,7 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     port_range,
     probe_http,
     question_of,
+    request_timeout,
     settings_of,
     spec_of,
     utc_now,
@@ -76,6 +77,7 @@ class Proxy(Protocol):
     def difference(self, settings: ProxySettings, active: str, ports: Ports) -> str: ...
     def ensure(self, settings: ProxySettings, active: str, ports: Ports) -> str: ...
     def switch(self, settings: ProxySettings, active: str, ports: Ports, standby: bool = False) -> None: ...
+    def hold(self, active: str) -> None: ...
     def counters(self, slot: str) -> Counters: ...
     def cut(self, slot: str) -> None: ...
     def remove(self) -> bool: ...
@@ -263,6 +265,7 @@ class Releaser:
             return
         if digest:
             self.refuse_failed(wanted)
+        self.need_on_host(wanted)
         self.lock_images()
         self.preflight()
         image = self.fetch(digest)
@@ -312,6 +315,7 @@ class Releaser:
         self.changed, self.action = True, "rolled_back"
         if self.check_mode:
             return
+        self.need_on_host(target["settings"])
         self.lock_images()
         image = self.docker.image(target["image_id"]) or self.docker.image(
             "%s@%s" % (target["image"], target["digest"])
@@ -544,6 +548,7 @@ class Releaser:
             "from": self.current,
             "legacy": bool(self.legacy and not self.current),
             "detour": 0,
+            "held": False,
             "ports": {},
             "proxy": self.wanted_public,
             "by": self.by,
@@ -553,12 +558,9 @@ class Releaser:
             if self.params["strategy"] != "stop-start":
                 self.need_memory(record)
             elif self.record or journal["legacy"]:
-                self.journal(journal)
-                self.say("stopping the old release")
-                old = self.box_name(self.record) if self.record else self.name
-                self.docker.stop(old, self.params["stop_timeout"])
+                self.stop_first(journal)
             self.journal(journal)
-            self.say("starting %s beside what serves" % label_of(record))
+            self.say("starting %s" % label_of(record))
             self.place(record, image, new=kind == "release", journal=journal)
             self.images_lock.release()
             self.say("proving it on port %d" % record["host_port"])
@@ -566,6 +568,18 @@ class Releaser:
         except (ReleaseError, OSError) as error:
             self.back_out(journal, error)
         self.advance(journal)
+
+    def stop_first(self, journal: Record) -> None:
+        """Where two do not fit: what serves stops, after it has answered what it was asked."""
+        origin = self.record
+        if origin and journal["proxy"].get("retry_after") and self.proxy.is_set_up():
+            self.journal(journal, held=True)
+            self.say("no new requests for %s" % label_of(origin))
+            self.proxy.hold(origin["slot"])
+            self.drain(origin["slot"])
+        self.journal(journal)
+        self.say("stopping the old release")
+        self.docker.stop(self.box_name(origin) if origin else self.name, self.params["stop_timeout"])
 
     def advance(self, journal: Record) -> None:
         """From proven to committed; every step can be repeated."""
@@ -780,7 +794,7 @@ class Releaser:
         try:
             self.changed = bool(self.store.read("transition.json"))
             if self.inspect(record) and not log:
-                log = self.docker.logs(self.box_name(record), record["health"]["path"])
+                log = self.docker.logs(self.box_name(record), record["health"])
             self.load()
             led = journal["step"] == "switch"
             text += ". " + self.undo(journal)
@@ -829,7 +843,7 @@ class Releaser:
             box = self.boxes.get(origin["release"])
             stood = not box or not box.running
             self.attempt(strict, self.bring_up, origin)
-            if led and self.proxy.is_set_up():
+            if (led or journal.get("held")) and self.proxy.is_set_up():
                 self.proxy.switch(journal["proxy"], origin["slot"], self.ports)
             said = "The release before it, %s, %s" % (
                 label_of(origin), "serves again" if led or stood else "served all through",
@@ -878,9 +892,9 @@ class Releaser:
     def local(address: str) -> str:
         return "127.0.0.1" if address in ("0.0.0.0", "") else "::1" if address == "::" else address
 
-    def problem_of(self, address: str, port: int, record: Record, timeout: float = 5.0) -> str | None:
+    def problem_of(self, address: str, port: int, record: Record) -> str | None:
         health = record["health"]
-        return self.probe(address, port, question_of(dict(health, method="GET")), timeout)
+        return self.probe(address, port, question_of(health), request_timeout(health))
 
     def problem(self, record: Record) -> str | None:
         return self.problem_of("127.0.0.1", record["host_port"], record)
@@ -916,13 +930,13 @@ class Releaser:
         """
         health = record["health"]
         settle = health["settle"] if settle is None else settle
-        question = question_of(dict(health, method="GET"))
+        question = question_of(health)
         limit = self.clock() + health["timeout"] + settle
         restarts = 0 if fresh else self.alive(record, None).restarts
         good: float | None = None
         shown = None
         while True:
-            problem = self.probe("127.0.0.1", record["host_port"], question, min(5.0, health["timeout"]))
+            problem = self.probe("127.0.0.1", record["host_port"], question, min(request_timeout(health), health["timeout"]))
             self.alive(record, restarts)
             now = self.clock()
             if problem is None:
@@ -990,6 +1004,19 @@ class Releaser:
             self.sleep(min(0.5, max(0.05, until - self.clock())))
 
     # -- before anything is touched
+
+    def need_on_host(self, settings: Settings) -> None:
+        """What the engine would only miss when the old release has stopped already."""
+        for mount in settings.get("mounts") or []:
+            if not os.path.exists(mount["source"]):
+                text = "%s, which the container sees as %s, is not on this host"
+                raise ReleaseError("mount", text % (mount["source"], mount["target"]))
+        runtime = settings.get("runtime")
+        if runtime:
+            known = sorted(self.docker.info().get("Runtimes") or {})
+            if runtime not in known:
+                text = "the Docker Engine has no runtime %s; allowed: %s"
+                raise ReleaseError("runtime", text % (runtime, ", ".join(known) or "none"))
 
     def preflight(self) -> None:
         info = self.docker.info()

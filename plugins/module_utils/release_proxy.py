@@ -8,9 +8,11 @@ Who owns what:
 * systemd holds the listening socket (``nemo-proxy-NAME.socket``) and hands it to HAProxy. While HAProxy is restarted,
   upgraded or killed, new connections wait in the socket's queue instead of being refused.
 * The configuration has two servers, ``a`` and ``b``. A switch sets the address of the one that is free and makes it
-  ready, then drains the other: commands to the running process, no reload. They go to every worker, also to those that
+  ready, then takes the other out, which finishes what it has begun: commands to the running process, no reload. They go to every worker, also to those that
   an earlier reload left behind for the requests that they still serve.
 * Before the running process is told, the file is written, so that whatever starts HAProxy next starts it the same way.
+* With rules it lets through only what one of them names. Paths are compared as they were written: what is written in any
+  other way is refused, and nothing has to be decoded or normalised in the way that the application would.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import ipaddress
+import json
 import os
 import re
 import socket
@@ -26,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Callable, NamedTuple
 
 from ansible_collections.nemo.platform.plugins.module_utils.container_release import (
+    PROBE_AGENT,
     ReleaseError,
     listener,
     replace_file,
@@ -74,9 +79,28 @@ frontend public
     bind {bind}
     # What may have been done already is not asked for twice.
     http-request disable-l7-retry unless {{ method GET HEAD OPTIONS }}
-    default_backend release
+{errors}{rules}    default_backend release
 backend release
+{check}"""
+
+ERRORS = """    # HAProxy's own words where a release is loaded, has broken off or takes too long; a release's own errors stay as they are.
+{replies}
+    http-after-response set-status 503 reason "Service Unavailable" if {{ status 502 504 }} {{ res.hdr(x-nemo-unavailable) -m found }}
+    http-after-response del-header x-nemo-unavailable
 """
+
+CHECK = """    option httpchk
+    http-check send meth GET uri {path} ver HTTP/1.1 hdr Host localhost hdr User-Agent nemo-proxy-check
+    http-check expect status 200-399
+    # A busy release is not a dead one: only a connection that is refused counts at once.
+    timeout check 5s
+"""
+
+# The most that a path below a prefix may be made of: no dot segments, no empty ones, nothing encoded.
+ODD_PATH = r"//|/\.\.?(/|$)|[^A-Za-z0-9/._~:@!$&+,=-]"
+PREFIX = "/*"
+RULE_PATH = re.compile(r"^/(?:[A-Za-z0-9._~:@!$&+,=-]+(?:/[A-Za-z0-9._~:@!$&+,=-]+)*/?)?(?:(?<=/)\*)?$")
+MINIMUM_KEY = 16
 
 SOCKET = """{header}
 [Unit]
@@ -129,9 +153,40 @@ class Counters(NamedTuple):
     errors: int  # answers of 500 and above, connections that failed, answers that broke off
 
 
+def check_proxy(params: Mapping[str, Any]) -> list[str]:
+    """Everything wrong with the rules and keys, one line each, without a word of a key."""
+    wrong: list[str] = []
+    rules, keys = params["proxy_rules"] or [], params["proxy_keys"] or []
+    for number, rule in enumerate(rules):
+
+        def need(name: str, value: Any, good: bool, allowed: str, number: int = number) -> None:
+            if not good:
+                wrong.append("proxy_rules[%d].%s is %r; allowed: %s" % (number, name, value, allowed))
+
+        path = rule["path"]
+        good = bool(RULE_PATH.match(path)) and not {".", ".."} & set(path.split("/"))
+        need("path", path, good, "a path such as /v1/models, or all below one: /v1/*; without anything encoded")
+        for method in rule["methods"]:
+            need("methods", method, bool(re.match(r"^[A-Z]{3,16}$", method)), "HTTP methods such as GET and POST")
+        for source in rule["sources"]:
+            try:
+                ipaddress.ip_network(source)
+            except ValueError as error:
+                need("sources", source, False, "networks such as 10.0.0.0/16 (%s)" % error)
+        need("key", rule["key"], bool(keys) or not rule["key"], "true only with proxy_keys")
+    for number, key in enumerate(keys):
+        # Visible ASCII: what a header can carry without a doubt about its encoding.
+        if not re.match(r"^[!-~]{%d,}$" % MINIMUM_KEY, key):
+            wrong.append("proxy_keys[%d] is not shown; allowed: %d or more visible characters" % (number, MINIMUM_KEY))
+    if keys and not rules:
+        wrong.append("proxy_keys has %d, proxy_rules none; allowed: with rules, such as {path: /*}" % len(keys))
+    return wrong
+
+
 def proxy_settings(params: Mapping[str, Any]) -> ProxySettings:
     """What the module's arguments say about the public port; it is kept with the state, for those who only roll back."""
-    return {
+    keys = params["proxy_keys"] or []
+    settings = {
         "address": params["bind_address"],
         "port": params["port"],
         "timeout": params["proxy_timeout"],
@@ -140,6 +195,89 @@ def proxy_settings(params: Mapping[str, Any]) -> ProxySettings:
         "retries": params["proxy_retries"],
         "drain": params["drain_timeout"],
     }
+    later = {
+        "rules": [
+            dict(rule, key=bool(keys) if rule["key"] is None else rule["key"]) for rule in params["proxy_rules"] or []
+        ],
+        "keys": sorted(hashlib.sha256(key.encode()).hexdigest() for key in keys),
+        "retry_after": params["proxy_retry_after"],
+        "check": params["proxy_check_path"] if params["proxy_check"] else "",
+    }
+    settings.update({key: value for key, value in later.items() if value})
+    return settings
+
+
+def error_body(message: str, kind: str, code: int) -> str:
+    """An error object of the OpenAI API, which its clients show as it is."""
+    return json.dumps({"error": {"message": message, "type": kind, "code": code}})
+
+
+def reply_lines(settings: ProxySettings) -> str:
+    """What HAProxy answers itself while no release can."""
+    seconds = settings.get("retry_after") or 0
+    if not seconds:
+        return ""
+    body = error_body("No release can answer now. Try again in %d s." % seconds, "service_unavailable", 503)
+    reply = "    http-error status %d content-type application/json string '%s' hdr Retry-After %d hdr X-Nemo-Unavailable 1"
+    return ERRORS.format(replies="\n".join(reply % (status, body, seconds) for status in (502, 503, 504)))
+
+
+def rule_lines(settings: ProxySettings) -> str:
+    """The rules as conditions: named by one, in its sources, with its key; the host's own probe passes."""
+    rules = settings.get("rules") or []
+    if not rules:
+        return ""
+    lines = [
+        # Who is on the host reaches the release's own port anyway.
+        "acl own src 127.0.0.0/8 ::1" + ("" if settings["address"] in ("0.0.0.0", "::") else " " + settings["address"]),
+        "acl probe req.hdr(user-agent) -m str %s" % PROBE_AGENT,
+        "acl odd path -m reg '%s'" % ODD_PATH,
+    ]
+    if settings.get("keys"):
+        lines += [
+            # hex writes capitals
+            "http-request set-var(txn.key) req.fhdr(authorization),bytes(7),sha2(256),hex"
+            " if { req.fhdr(authorization) -m beg -i 'Bearer ' }",
+            "acl key var(txn.key) -m str " + " ".join(key.upper() for key in settings["keys"]),
+        ]
+    for number, rule in enumerate(rules):
+        path = rule["path"]
+        if path.endswith(PREFIX):
+            named = ["path%d" % number, "!odd"]
+            lines.append("acl path%d path -m beg '%s'" % (number, path[:-1]))
+        else:
+            named = ["path%d" % number]
+            lines.append("acl path%d path -m str '%s'" % (number, path))
+        if rule["methods"]:
+            named.append("method%d" % number)
+            lines.append("acl method%d method %s" % (number, " ".join(rule["methods"])))
+        inside = list(named)
+        if rule["sources"]:
+            inside.append("source%d" % number)
+            lines.append("acl source%d src %s" % (number, " ".join(rule["sources"])))
+        for what, conditions in (
+            ("named", named),
+            ("inside", inside),
+            ("passes", inside + (["key"] if rule["key"] else [])),
+        ):
+            lines.append("http-request set-var(txn.%s) bool(true) if %s" % (what, " ".join(conditions)))
+    lines += [
+        # Neither an address of another host in the place of a path, nor a protocol that the rules would not see.
+        "http-request set-var(txn.named) bool(false) unless { url -m beg / }",
+        "http-request del-header Upgrade unless { req.hdr(upgrade) -m str -i websocket }",
+    ]
+    refusal = "http-request return status %d content-type application/json string '%s'%s if !{ var(txn.%s) -m bool } !own || !{ var(txn.%s) -m bool } !probe"
+    for code, condition, text, kind, header in (
+        (404, "named", "There is nothing here.", "not_found_error", ""),
+        (403, "inside", "Not from this address.", "permission_error", ""),
+        (401, "passes", "A valid key is needed: Authorization: Bearer.", "authentication_error", " hdr WWW-Authenticate Bearer"),
+    ):
+        lines.append(refusal % (code, error_body(text, kind, code), header, condition, condition))
+    return "".join("    %s\n" % line for line in lines)
+
+
+def check_lines(settings: ProxySettings) -> str:
+    return CHECK.format(path=settings["check"]) if settings.get("check") else ""
 
 
 def short(text: str) -> str:
@@ -175,7 +313,14 @@ class HAProxy:
 
     # -- what is written
 
-    def render(self, settings: ProxySettings, active: str, ports: Ports, bind: str = "fd@${NEMO_FD}") -> str:
+    def render(
+        self,
+        settings: ProxySettings,
+        active: str,
+        ports: Ports,
+        standby: bool = False,
+        bind: str = "fd@${NEMO_FD}",
+    ) -> str:
         def text(identity: str) -> str:
             values = {key: settings[key] for key in ("timeout", "keep_alive", "max_connections", "retries")}
             return CONFIGURATION.format(
@@ -184,13 +329,18 @@ class HAProxy:
                 user="haproxy",
                 bind='"%s"' % bind,
                 hard_stop=self.hard_stop(settings),
+                errors=reply_lines(settings),
+                rules=rule_lines(settings),
+                check=check_lines(settings),
                 **values,
             )
 
         lines = text(short(text("")))
+        check = " check inter 1s fall 2 rise 1" if settings.get("check") else ""
         for slot in SLOTS:
-            state = "" if slot == active else " disabled"
-            lines += "    server %s 127.0.0.1:%d weight %d%s\n" % (slot, ports.get(slot) or 1, WEIGHT, state)
+            state = "" if slot == active or standby else " disabled"
+            weight = WEIGHT if slot == active or not standby else 1
+            lines += "    server %s 127.0.0.1:%d weight %d%s%s\n" % (slot, ports.get(slot) or 1, weight, check, state)
         return lines
 
     @staticmethod
@@ -219,7 +369,8 @@ class HAProxy:
 
     def write(self, path: str, text: str) -> None:
         os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-        replace_file(path, text, 0o644)
+        # HAProxy reads it as root, before it becomes a user of its own; nobody else has to see the digests of the keys.
+        replace_file(path, text, 0o600 if path.startswith(self.folder) else 0o644)
         self.after("write %s" % os.path.basename(path))
 
     # -- what runs
@@ -414,11 +565,20 @@ class HAProxy:
 
         With a standby, the other release gets what the new one does not accept, and one request in a few hundred.
         """
-        text = self.render(settings, active, ports)
+        text = self.render(settings, active, ports, standby)
         if self.read(self.configuration) != text:
             self.validate(text)
             self.write(self.configuration, text)
         self.lead(active, ports, standby)
+
+    def hold(self, active: str) -> None:
+        """No new request reaches the release that answers, because it is about to stop; what it has begun it finishes.
+
+        Only the running process is told: one that is started anew meanwhile finds nobody at the release's port.
+        """
+        for worker in self.workers():
+            self.tell(worker, "set server release/%s state maint" % active)
+        self.after("proxy hold")
 
     def lead(self, active: str, ports: Ports, standby: bool = False, limit: float = 15) -> None:
         """Tell every worker; one that is just being started again has read the file."""
@@ -435,8 +595,8 @@ class HAProxy:
                 for worker in workers:
                     if standby:
                         self.tell(worker, "set server release/%s weight 1" % other)
-                    self.tell(worker, "set server release/%s state %s" % (other, "ready" if standby else "drain"))
-                self.after("proxy drain")
+                    self.tell(worker, "set server release/%s state %s" % (other, "ready" if standby else "maint"))
+                self.after("proxy maint")
                 if self.serves(active, ports[active], standby):
                     return
             except OSError:

@@ -108,6 +108,30 @@ options:
   network:
     description: The engine's network that the container joins. The engine's own default when it is left out.
     type: str
+  command:
+    description: Arguments after the image, which take the place of the image's own command. They are visible to anyone who can inspect the container.
+    type: list
+    elements: str
+    default: []
+  mounts:
+    description:
+      - Folders and files of the host that the container sees. One that is missing on the host is an error before anything is stopped.
+      - They are part of the release - a rollback brings back the ones that it had, as long as the host has them.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      source: {description: Absolute path on the host., type: str, required: true}
+      target: {description: Absolute path in the container., type: str, required: true}
+      read_only: {description: Whether the container may not write to it., type: bool, default: true}
+  runtime:
+    description: The engine's runtime that runs the container, such as V(nvidia). The engine's own default when it is empty.
+    type: str
+    default: ""
+  shm_size:
+    description: Size of C(/dev/shm) in the container, such as V(1g). The engine's own default, 64 MiB, when it is empty.
+    type: str
+    default: ""
   environment:
     description: Environment variables of the container. For what is secret there is O(secrets).
     type: dict
@@ -124,7 +148,7 @@ options:
     description: CPU limit, in processors. None when it is left out.
     type: float
   pids_limit:
-    description: Limit on the number of processes and threads.
+    description: Limit on the number of processes and threads; V(0) for none.
     type: int
     default: 512
   user:
@@ -152,6 +176,23 @@ options:
     description: Path that is asked for to see whether the release is healthy.
     type: str
     default: /health
+  health_method:
+    description: HTTP method of that question. With V(POST) and O(health_body) health can be a piece of the service's real work.
+    type: str
+    choices: [GET, POST]
+    default: GET
+  health_headers:
+    description: Headers of that question. They are kept with the release, visible to anyone who can inspect the container.
+    type: dict
+    default: {}
+  health_body:
+    description: Body of that question, with O(health_method=POST).
+    type: str
+    default: ""
+  health_request_timeout:
+    description: Seconds that one answer may take.
+    type: float
+    default: 5
   health_status:
     description: HTTP status of a healthy answer.
     type: int
@@ -223,6 +264,47 @@ options:
     description: Number of times, a second apart, that HAProxy tries a release which does not accept a connection, such as one that restarts.
     type: int
     default: 5
+  proxy_rules:
+    description:
+      - What HAProxy lets through. Everything, when the list is empty. Otherwise what no rule names is answered with 404, a client outside
+        of a rule's sources with 403, and one without a key with 401, in JSON. A request that several rules name needs one that lets it in.
+      - Paths are compared as the client wrote them, byte by byte, so that no other way of writing a path gets past a rule.
+      - Changed rules and keys are a reload of HAProxy, without a dropped connection.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      path:
+        description: A path, or all paths below one when it ends in C(/*). The query is not part of it.
+        type: str
+        required: true
+      methods: {description: HTTP methods. Any when the list is empty., type: list, elements: str, default: []}
+      sources: {description: Networks of clients such as C(10.0.0.0/16). Any when the list is empty., type: list, elements: str, default: []}
+      key: {description: Whether one of O(proxy_keys) is needed. V(true) when there are keys and it is left out., type: bool}
+  proxy_keys:
+    description:
+      - Keys that HAProxy accepts in the header C(Authorization), after C(Bearer) and a blank, each at least 16 visible characters. Only their SHA-256 is written.
+      - Needs O(proxy_rules). To change a key without a gap, name the old and the new one for a while.
+    type: list
+    elements: str
+    default: []
+  proxy_retry_after:
+    description:
+      - With V(0) HAProxy holds requests for O(proxy_retries) seconds while no release accepts them, and then answers with its own page.
+      - Otherwise it answers them at once while a release is replaced (O(strategy=stop-start)), with status 503, these seconds in C(Retry-After), and
+        an error object in JSON as the OpenAI API has it. So it does where a release breaks off or takes too long.
+    type: int
+    default: 0
+  proxy_check:
+    description:
+      - Whether HAProxy asks each release every second, on loopback. After two connections that were refused, or answers other than 2xx and 3xx,
+        nothing is led to it until one is good. The release that stands by while a new one is watched then takes over by itself.
+    type: bool
+    default: false
+  proxy_check_path:
+    description: Path that it asks for with GET. It should cost the release nothing.
+    type: str
+    default: /health
   stop_timeout:
     description: Seconds that a container has to end by itself when it is stopped.
     type: int
@@ -368,8 +450,19 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     utc_now,
 )
 from ansible_collections.nemo.platform.plugins.module_utils.release_flow import Releaser
-from ansible_collections.nemo.platform.plugins.module_utils.release_proxy import HAProxy
+from ansible_collections.nemo.platform.plugins.module_utils.release_proxy import HAProxy, check_proxy
 
+MOUNT: dict[str, dict[str, Any]] = {
+    "source": {"type": "str", "required": True},
+    "target": {"type": "str", "required": True},
+    "read_only": {"type": "bool", "default": True},
+}
+RULE: dict[str, dict[str, Any]] = {
+    "path": {"type": "str", "required": True},
+    "methods": {"type": "list", "elements": "str", "default": []},
+    "sources": {"type": "list", "elements": "str", "default": []},
+    "key": {"type": "bool"},
+}
 SMOKE: dict[str, dict[str, Any]] = {
     "path": {"type": "str", "required": True},
     "method": {"type": "str", "default": "GET"},
@@ -397,6 +490,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "bind_address": {"type": "str", "default": "0.0.0.0"},
     "release_ports": {"type": "str", "default": "20000-20999"},
     "network": {"type": "str"},
+    "command": {"type": "list", "elements": "str", "default": []},
+    "mounts": {"type": "list", "elements": "dict", "options": MOUNT, "default": []},
+    "runtime": {"type": "str", "default": ""},
+    "shm_size": {"type": "str", "default": ""},
     "environment": {"type": "dict", "default": {}},
     "secrets": {"type": "dict", "default": {}, "no_log": True},
     "memory": {"type": "str", "default": "1g"},
@@ -408,6 +505,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "log_max_size": {"type": "str", "default": "10m"},
     "log_max_file": {"type": "int", "default": 3},
     "health_path": {"type": "str", "default": "/health"},
+    "health_method": {"type": "str", "choices": ["GET", "POST"], "default": "GET"},
+    "health_headers": {"type": "dict", "default": {}},
+    "health_body": {"type": "str", "default": ""},
+    "health_request_timeout": {"type": "float", "default": 5},
     "health_status": {"type": "int", "default": 200},
     "health_contains": {"type": "str", "default": ""},
     "health_timeout": {"type": "int", "default": 60},
@@ -423,6 +524,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "proxy_keep_alive": {"type": "int", "default": 60},
     "proxy_max_connections": {"type": "int", "default": 4000},
     "proxy_retries": {"type": "int", "default": 5},
+    "proxy_rules": {"type": "list", "elements": "dict", "options": RULE, "default": []},
+    "proxy_keys": {"type": "list", "elements": "str", "default": [], "no_log": True},
+    "proxy_retry_after": {"type": "int", "default": 0},
+    "proxy_check": {"type": "bool", "default": False},
+    "proxy_check_path": {"type": "str", "default": "/health"},
     "stop_timeout": {"type": "int", "default": 10},
     "pull_timeout": {"type": "int", "default": 900},
     "min_free_disk_mb": {"type": "int", "default": 1024},
@@ -486,7 +592,7 @@ def main() -> None:
     )
     params: dict[str, Any] = module.params
     name: str = params["name"]
-    wrong = check_request(params)
+    wrong = check_request(params) or (check_proxy(params) if params["state"] == "present" else [])
     if wrong:
         module.fail_json(
             msg="%s: %s" % (name, "; ".join(wrong)),

@@ -77,6 +77,7 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     Store,
     probe_http,
     question_of,
+    request_timeout,
 )
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -107,8 +108,8 @@ def under_way(store: Store) -> str:
 def health_of(record: Record, public: Record) -> str:
     address = public["address"]
     local = "127.0.0.1" if address in ("", "0.0.0.0") else "::1" if address == "::" else address
-    question = question_of(dict(record["health"], method="GET"))
-    return probe_http(local, public["port"], question, 3.0) or "ok"
+    question = question_of(record["health"])
+    return probe_http(local, public["port"], question, request_timeout(record["health"])) or "ok"
 
 
 def service(store: Store, name: str) -> Record | None:

@@ -180,7 +180,7 @@ def test_a_switch_tells_every_worker_and_reloads_nothing(host: Host) -> None:
     for worker in host.workers.values():
         assert worker.servers["b"]["addr"] == "127.0.0.1:20002"
         assert worker.servers["b"]["status"] == "no check"
-        assert worker.servers["a"]["status"] == "DRAIN"
+        assert worker.servers["a"]["status"] == "MAINT"
     assert host.proxy.difference(SETTINGS, "b", {"a": 20001, "b": 20002}) == ""
 
 
@@ -200,7 +200,7 @@ def test_a_standby_gets_what_the_release_does_not_accept(host: Host) -> None:
     assert (worker.servers["b"]["status"], worker.servers["b"]["weight"]) == ("no check", 256)
     assert not host.proxy.serves("b", 20002)
     host.proxy.switch(SETTINGS, "b", {"a": 20001, "b": 20002})
-    assert worker.servers["a"]["status"] == "DRAIN"
+    assert worker.servers["a"]["status"] == "MAINT"
 
 
 def test_and_back_again(host: Host) -> None:
@@ -209,7 +209,7 @@ def test_and_back_again(host: Host) -> None:
     host.proxy.switch(SETTINGS, "a", {"a": 20001})
     (worker,) = host.workers.values()
     assert (worker.servers["a"]["status"], worker.servers["a"]["weight"]) == ("no check", 256)
-    assert worker.servers["b"]["status"] == "DRAIN"
+    assert worker.servers["b"]["status"] == "MAINT"
 
 
 def test_a_changed_configuration_is_reloaded_and_not_restarted(host: Host) -> None:

@@ -123,6 +123,7 @@ class FakeDocker:
             "Architecture": "x86_64",
             "MemTotal": state["memory"],
             "DockerRootDir": str(self.path.parent),
+            "Runtimes": {"runc": {}, "nvidia": {}},
         }
         return 0, json.dumps(data), ""
 
@@ -218,9 +219,12 @@ class FakeDocker:
                 "",
                 f'Error response from daemon: Conflict. The container name "/{name}" is already in use by container "1".',
             )
-        found = self.find_image(state, words[-1])
+        place = 0
+        while words[place].startswith("--"):
+            place += 1 if words[place] in ("--init", "--read-only") else 2
+        found = self.find_image(state, words[place])
         if not found:
-            return 1, "", f"Error: No such image: {words[-1]}"
+            return 1, "", f"Error: No such image: {words[place]}"
         labels = dict(words[at + 1].split("=", 1) for at, word in enumerate(words) if word == "--label")
         state["containers"][name] = {
             "status": "created",

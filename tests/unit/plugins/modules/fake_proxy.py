@@ -49,7 +49,7 @@ class FakeProxy:
         if any(entry["status"] == "running" and entry["port"] == port for entry in self.engine.containers().values()):
             return port
         running = state["running"]
-        if running and running["settings"]["port"] == port:
+        if running and running["settings"]["port"] == port and not running.get("held"):
             found: int | None = running["ports"].get(running["active"])
             return found
         return None
@@ -98,6 +98,14 @@ class FakeProxy:
             state["running"] = wanted
             self.save(state)
             self.after("proxy led")
+
+    def hold(self, active: str) -> None:
+        self.calls.append("hold")
+        state = self.load()
+        assert state["running"]["active"] == active
+        state["running"]["held"] = True
+        self.save(state)
+        self.after("proxy hold")
 
     def counters(self, slot: str) -> Counters:
         self.on_counters(slot)
