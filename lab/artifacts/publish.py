@@ -9,7 +9,7 @@ import json
 import pathlib
 from typing import Any
 
-from lab.artifacts import awscli, index, interpreter, kubernetes, signing, store
+from lab.artifacts import awscli, index, interpreter, kubernetes, nvidia, signing, store
 from lab.aws.payload import machine
 from lab.console import say, step
 from lab.engine import Engine, tar_entry
@@ -35,8 +35,9 @@ class Artifacts:
             bundle = pool.submit(awscli.bundle, self.machine)
             relocatable = pool.submit(interpreter.relocatable, self.python, self.machine)
             diff = pool.submit(kubernetes.helm_diff, self.architecture)
+            card = pool.submit(nvidia.repositories, self.machine, self.architecture)
             self.index, self.tools, self.bundle = simple.result(), tools.result(), bundle.result()
-            self.relocatable, self.diff = relocatable.result(), diff.result()
+            self.relocatable, self.diff, self.nvidia = relocatable.result(), diff.result(), card.result()
         if self.tools is None:
             say(f"kubectl and helm are in no package registry for {self.architecture}: the Bastion goes without them")
 
@@ -52,10 +53,20 @@ class Artifacts:
 
         inputs = [self.bundle.key.encode(), self.key.encode(), store.source_of(signing.__name__)]
         self.signature = store.made("signature", inputs, build)
+        self.signed = nvidia.Signed(engine, base, self.nvidia, self.machine, self.architecture)
 
     @property
     def every(self) -> list[store.Made]:
-        found = [self.index, self.tools, self.bundle, self.signature, self.relocatable, self.diff]
+        found = [
+            self.index,
+            self.tools,
+            self.bundle,
+            self.signature,
+            self.relocatable,
+            self.diff,
+            self.nvidia,
+            self.signed.files,
+        ]
         return [made for made in found if made]
 
     def describe(self) -> dict[str, Any]:
@@ -87,6 +98,7 @@ class Artifacts:
                 "signing_key": signing.public(self.key),
                 "signing_key_fingerprint": signing.fingerprint(self.key),
             },
+            "nvidia": self.signed.describe(),
         }
         if self.tools:
             for name, version, path in (

@@ -1,4 +1,4 @@
-"""The lab's key for signed downloads, and signatures by it: by GnuPG in a container, as this machine may have none."""
+"""The lab's keys for signed downloads, and signatures by them: by GnuPG in a container, as this machine may have none."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lab.engine import Engine
 from lab.run import run
 from lab.settings import LABEL, STATE
 
-KEY = STATE / "pki" / "downloads-key.asc"
+KEYS = STATE / "pki"
 # RSA, because Amazon Linux 2 has a GnuPG that knows no other kind of key well.
 MAKE_KEY = """set -eu
 export GNUPGHOME=$(mktemp -d)
-gpg --batch --quiet --passphrase '' --quick-generate-key 'nemo lab downloads' rsa3072 sign 5y
+gpg --batch --quiet --passphrase '' --quick-generate-key 'nemo lab {name}' rsa3072 sign 5y
 gpg --batch --with-colons --fingerprint | sed -n 's/^fpr:*\\([0-9A-F]*\\):$/Fingerprint: \\1/p'
 gpg --batch --export-secret-keys --armor
 gpg --batch --export --armor
@@ -27,22 +27,24 @@ gpg --batch --quiet --detach-sign --armor --output - "$GNUPGHOME/data"
 """
 
 
-def key(engine: Engine, base: str) -> str:
+def key(engine: Engine, base: str, name: str = "downloads") -> str:
     """The fingerprint and the key pair as armoured text, made once: what it signed stays good."""
-    if not KEY.exists():
-        KEY.parent.mkdir(mode=0o700, exist_ok=True)
-        text = engine("run", "--rm", "--network=none", "--label", f"{LABEL}={STATE.parent}", base, "sh", "-c", MAKE_KEY)
-        draft = KEY.with_suffix(".new")
+    path = KEYS / f"{name}-key.asc"
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        make = MAKE_KEY.format(name=name)
+        text = engine("run", "--rm", "--network=none", "--label", f"{LABEL}={STATE.parent}", base, "sh", "-c", make)
+        draft = path.with_suffix(".new")
         draft.unlink(missing_ok=True)
         draft.touch(mode=0o600)  # before there is anything to read in it
         draft.write_text(text + "\n")
-        draft.replace(KEY)
-    return KEY.read_text()
+        draft.replace(path)
+    return path.read_text()
 
 
 def fingerprint(text: str) -> str:
     found = re.search(r"^Fingerprint: ([0-9A-F]{40})$", text, re.MULTILINE)
-    assert found, KEY
+    assert found, text[:80]
     return found[1]
 
 
