@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 
 from lab import engine as engines
-from lab import hosts, image
+from lab import hosts, image, volume
 from lab.console import LabError, say
 from lab.settings import AWS_HOST, CLUSTER_API, DATABASE, INSTANCES, NETWORK, OPERATORS, STATE
 
@@ -79,6 +79,7 @@ def up(_: argparse.Namespace) -> None:
     with only_one():
         engine, ca, mirror_key = _core()
         changed = hosts.up(engine, image.name(), ca, mirror_key)
+        volume.attach(engine)
     say("the lab is up" if changed else "the lab was up already")
 
 
@@ -102,6 +103,16 @@ def rebuild(arguments: argparse.Namespace) -> None:
         engine, ca, mirror_key = _core()
         engine("rm", "--force", "--volumes", f"nemo-lab-{arguments.host}", check=False)
         hosts.up(engine, image.name(), ca, mirror_key)
+        volume.attach(engine)
+
+
+def volumes(arguments: argparse.Namespace) -> None:
+    """Change the volumes of the lab's hosts: `grow` makes them larger, as `aws ec2 modify-volume` does."""
+    engine = engines.running()
+    if engine is None:
+        raise LabError("the lab is down: `make lab` brings it up")
+    with only_one():
+        print(volume.grow(engine, arguments.gib))
 
 
 def down(_: argparse.Namespace) -> None:
@@ -162,6 +173,16 @@ def execute(arguments: argparse.Namespace) -> None:
     os.execvp(engine.prefix[0], [*engine.prefix, "exec", *flags, f"nemo-lab-{arguments.host}", *arguments.command])
 
 
+def gpu(arguments: argparse.Namespace) -> None:
+    """Set the state of a host's simulated card; without words, show it."""
+    engine = engines.running()
+    if engine is None:
+        raise LabError("the lab is down: `make lab` brings it up")
+    from lab.gpu import PROGRAM
+
+    print(engine.exec(f"nemo-lab-{arguments.host}", [PROGRAM, *arguments.words]))
+
+
 def push(arguments: argparse.Namespace) -> None:
     """Push a release of the AI application to the lab's registry."""
     from lab.aws import images, side
@@ -195,7 +216,8 @@ def main() -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function in {
         "up": up, "down": down, "status": status, "core": core, "image": make_image, "ssh": ssh, "exec": execute,
-        "artifacts": artifacts, "push": push, "remove": remove, "docker-host": docker_host, "check": check, "scenario-hosts": scenario_hosts, "rebuild": rebuild,
+        "artifacts": artifacts, "gpu": gpu, "push": push, "remove": remove, "docker-host": docker_host, "check": check, "scenario-hosts": scenario_hosts, "rebuild": rebuild,
+        "volume": volumes,
     }.items():  # fmt: skip
         command = commands.add_parser(name, help=(function.__doc__ or "").split("\n")[0], description=function.__doc__)
         command.set_defaults(function=function)
@@ -208,11 +230,17 @@ def main() -> int:
             )
         if name in ("ssh", "exec"):
             command.add_argument("command", nargs=argparse.REMAINDER, help="what to run there")
+        if name == "gpu":
+            command.add_argument("host", help="vllm, or scenario-NAME")
+            command.add_argument("words", nargs="*", help="ok, missing, mismatch, lost, hang, xid, memory=MIB, ...")
         if name in ("push", "remove"):
             command.add_argument("tag", help="for example prod-20261122-1200")
         if name == "scenario-hosts":
             command.add_argument("names", nargs="*", help="one host each, called nemo-lab-scenario-NAME")
             command.add_argument("--remove", action="store_true", help="remove these, or all of them")
+        if name == "volume":
+            command.add_argument("act", choices=["grow"])
+            command.add_argument("--gib", type=int, default=1, help="by how much (default: 1)")
         if name == "push":
             command.add_argument("--behaviour", default="healthy", help="healthy, unhealthy, crash, slow-start, ...")
     arguments = parser.parse_args()

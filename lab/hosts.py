@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from lab import volume
 from lab.console import LabError, say
 from lab.engine import Engine, tar_entry
 from lab.run import run, text
@@ -149,6 +150,8 @@ def payload(host: Host, ca: bytes, mirror_key: str) -> bytes:
     source += "".join(f" {line or '.'}\n" for line in mirror_key.strip().splitlines())
     key = KEY.with_suffix(".pub").read_bytes()
     extra, units = _listeners(host)
+    if host in volume.hosts() or host.name.startswith(SCENARIO):
+        extra = [*extra, *volume.files()]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for path, data, mode in (
