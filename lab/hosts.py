@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from lab import volume
+from lab import gpu, volume
 from lab.console import LabError, say
 from lab.engine import Engine, tar_entry
 from lab.run import run, text
@@ -99,7 +99,6 @@ LISTENERS = {
             "redis={0}:26379",
         ),
     ),
-    "vllm": ("nemo-lab-vllm", "What stands in for vLLM until it is there", ("vllm={0}:8002",)),
 }
 LISTENERS_UNIT = """[Unit]
 Description={description}
@@ -152,6 +151,8 @@ def payload(host: Host, ca: bytes, mirror_key: str) -> bytes:
     extra, units = _listeners(host)
     if host in volume.hosts() or host.name.startswith(SCENARIO):
         extra = [*extra, *volume.files()]
+    if host.role == "vllm":
+        extra, units = [*extra, *gpu.payload_files()], [*units, gpu.UNIT]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for path, data, mode in (

@@ -58,17 +58,6 @@ def node_port(_method: str, _target: str, _headers: dict[str, str]) -> Answer:
     return 200, "text/plain", b"the cluster's service answers\n"
 
 
-def vllm(method: str, target: str, _headers: dict[str, str]) -> Answer:
-    """The inference server's addresses that tell how it is; it knows no model by heart."""
-    path = target.partition("?")[0]
-    if method in ("GET", "HEAD") and path == "/health":
-        return 200, "text/plain", b""
-    if method in ("GET", "HEAD") and path == "/v1/models":
-        model = {"id": "lab", "object": "model", "created": 1_700_000_000, "owned_by": "nemo-lab"}
-        return as_json({"object": "list", "data": [model]})
-    return as_json({"detail": "Not Found"}, 404)
-
-
 # ---- the cluster's API server
 
 VERSION = {
@@ -259,7 +248,6 @@ KINDS: dict[str, Callable[[Reader, Writer], Awaitable[None]]] = {
     "mysql": mysql,
     "node-port": over_http(node_port),
     "redis": redis,
-    "vllm": over_http(vllm),
 }
 
 

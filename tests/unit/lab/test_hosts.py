@@ -73,6 +73,6 @@ def test_an_operator_goes_to_the_bastion_as_herself(name: str) -> None:
 
 def test_only_some_hosts_have_listeners() -> None:
     assert hosts._listeners(BASTION) == ([], [])
-    files, units = hosts._listeners(dataclasses.replace(BASTION, role="vllm", address="10.9.9.9"))
-    assert units == ["nemo-lab-vllm"]
-    assert b"vllm=10.9.9.9:8002" in {path: data for path, data, _ in files}["/etc/systemd/system/nemo-lab-vllm.service"]
+    files, units = hosts._listeners(dataclasses.replace(NODE, role="eks-node", address="10.9.9.9"))
+    unit = {path: data for path, data, _ in files}[f"/etc/systemd/system/{units[0]}.service"]
+    assert b"kafka=10.9.9.9:9094" in unit
