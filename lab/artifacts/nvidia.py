@@ -194,12 +194,12 @@ def drivers(machine: str) -> Iterator[Package]:
         yield Package("nvidia-open", whole, f"nvidia-kernel-open-dkms (= {whole}), nvidia-driver-cuda (= {whole})")
         yield Package(
             f"nvidia-driver-pinning-{version}", whole, "",
-            {f"etc/apt/preferences.d/nvidia-driver-pinning-{version}": f"Package: *nvidia* libcuda1\nPin: version {version}-*\nPin-Priority: 1000\n"},
+            {f"etc/apt/preferences.d/nvidia-driver-pinning-{version}.pref": f"Package: *nvidia* libcuda1\nPin: version {version}-*\nPin-Priority: 1000\n"},
         )  # fmt: skip
         if not any(other.startswith(f"{branch}.") for other in DRIVERS[DRIVERS.index(version) + 1 :]):
             yield Package(
                 f"nvidia-driver-pinning-{branch}", whole, "",
-                {f"etc/apt/preferences.d/nvidia-driver-pinning-{branch}": f"Package: *nvidia* libcuda1\nPin: version {branch}.*\nPin-Priority: 1000\n"},
+                {f"etc/apt/preferences.d/nvidia-driver-pinning-{branch}.pref": f"Package: *nvidia* libcuda1\nPin: version {branch}.*\nPin-Priority: 1000\n"},
             )  # fmt: skip
     # Of Debian itself: what builds modules, and the headers of the kernel that the lab's hosts run on.
     yield Package("dkms", "3.0.10-8", "", {"usr/sbin/dkms": _stub("dkms")})

@@ -25,6 +25,8 @@ SECURE_BOOT = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e09
 TIMEOUT = 30
 MODULE = "nvidia"
 PACKAGES = ("*nvidia*", "cuda-drivers*", "libcuda1*")  # names of the driver's packages, of every distribution
+# Names of what a kernel comes from and is followed up by; Debian's and Ubuntu's, then Amazon's.
+KERNELS = ("linux-image-*", "linux-headers-*", "linux-modules-*", "linux-aws*", "kernel", "kernel[0-9]*", "kernel-*")
 FIELDS = (
     "index", "uuid", "name", "pci.bus_id", "memory.total", "memory.used", "temperature.gpu", "utilization.gpu",
     "power.draw", "ecc.errors.corrected.volatile.total", "ecc.errors.uncorrected.volatile.total", "persistence_mode",
@@ -127,7 +129,7 @@ def _driver(root: str, run: Runner) -> dict[str, Any]:
     running = _read(root, "proc/sys/kernel/osrelease")
     following = _next_kernel(root, run) or running
     module = _module(run, running)
-    packages = _packages(root, run)
+    packages, kernels = _packages(root, run)
     loaded, is_open = _loaded(root)
     return {
         "loaded": loaded,
@@ -137,12 +139,21 @@ def _driver(root: str, run: Runner) -> dict[str, Any]:
         "kernel": running,
         "next_kernel": following,
         "module_for_next": bool(module if following == running else _module(run, following)),
+        "headers": _headers(root, running),
+        "headers_for_next": _headers(root, following),
         "secure_boot": _secure_boot(root),
         "signed": bool(module.get("signer") or module.get("sig_id")),
         "nouveau": os.path.isdir(os.path.join(root, "sys/module/nouveau")),
         "held": bool(packages) and all(package["held"] for package in packages),
         "packages": packages,
+        "kernel_packages": kernels,
     }
+
+
+def _headers(root: str, kernel: str) -> bool:
+    """Whether modules can be built for a kernel."""
+    path = os.path.join(root, "lib/modules", kernel, "build")
+    return os.path.exists(path)
 
 
 def _loaded(root: str) -> tuple[str, bool]:
@@ -184,26 +195,27 @@ def _libraries(root: str) -> str:
     return ""
 
 
-def _packages(root: str, run: Runner) -> list[dict[str, Any]]:
-    """Installed packages of the driver, and whether each is held at its version."""
+def _packages(root: str, run: Runner) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Installed packages of the driver and of kernels, and whether each is held at its version."""
     shown = "${db:Status-Want} ${db:Status-Status} ${Package} ${Version}\n"
-    code, out, _err = run(["dpkg-query", "--show", "--showformat", shown, *PACKAGES])
-    if code != 127:
-        rows = [line.split() for line in out.splitlines()]
-        return [
-            {"name": row[2], "version": row[3], "held": row[0] == "hold"}
-            for row in rows
-            if len(row) == 4 and row[1] not in ("not-installed", "config-files") and _of_the_driver(row[2])
-        ]
-    _code, out, _err = run(["rpm", "--query", "--all", "--queryformat", "%{NAME} %{VERSION}-%{RELEASE}\n", *PACKAGES])
-    locks = _read(root, "etc/dnf/plugins/versionlock.list").splitlines()
+    code, out, _err = run(["dpkg-query", "--show", "--showformat", shown, *PACKAGES, *KERNELS])
     found = []
-    for line in sorted(out.splitlines()):
-        name, _space, version = line.partition(" ")
-        if version and _of_the_driver(name):
-            held = any(_locks(lock, name) for lock in locks)
-            found.append({"name": name, "version": version, "held": held})
-    return found
+    if code != 127:
+        for row in (line.split() for line in out.splitlines()):
+            if len(row) == 4 and row[1] not in ("not-installed", "config-files"):
+                found.append({"name": row[2], "version": row[3], "held": row[0] == "hold"})
+    else:
+        shown = "%{NAME} %{VERSION}-%{RELEASE}\n"
+        _code, out, _err = run(["rpm", "--query", "--all", "--queryformat", shown, *PACKAGES, *KERNELS])
+        locks = _read(root, "etc/dnf/plugins/versionlock.list").splitlines()
+        for row in (line.split() for line in sorted(set(out.splitlines()))):
+            if len(row) == 2:
+                found.append({"name": row[0], "version": row[1], "held": any(_locks(lock, row[0]) for lock in locks)})
+    of_driver = [package for package in found if _of_the_driver(package["name"])]
+    kernels = [
+        package for package in found if package["name"].startswith(("linux-", "kernel")) and package not in of_driver
+    ]
+    return of_driver, kernels
 
 
 def _locks(lock: str, name: str) -> bool:
@@ -212,8 +224,10 @@ def _locks(lock: str, name: str) -> bool:
 
 
 def _of_the_driver(name: str) -> bool:
-    """The toolkit for containers has versions of its own; firmware and settings of others do not matter."""
-    return "container" not in name and "release" not in name and "settings" not in name and "pinning" not in name
+    """The toolkit for containers has versions of its own, as have repositories' files and settings."""
+    if "nvidia" not in name and not name.startswith(("cuda-drivers", "libcuda1")):
+        return False
+    return not any(word in name for word in ("container", "release", "settings", "pinning"))
 
 
 def _secure_boot(root: str) -> bool:

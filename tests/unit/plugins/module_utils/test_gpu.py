@@ -33,7 +33,8 @@ class Host:
         0,
         "hold installed nvidia-open 580.95.05-1\nhold installed libnvidia-ml1 580.95.05-1\n"
         "install config-files nvidia-old 1\ninstall installed nvidia-container-toolkit 1.18.1-1\n"
-        "unknown not-installed nvidia-driver\n",
+        "unknown not-installed nvidia-driver\n"
+        "hold installed linux-modules-nvidia-580-server-open-aws 1\ninstall installed linux-image-cloud-amd64 6.1\n",
         "",
     )
     rpm: str = ""
@@ -104,7 +105,13 @@ def test_a_healthy_card(host: Host) -> None:
     assert driver["open"]
     assert driver["module_for_next"]
     assert driver["held"]
-    assert [package["name"] for package in driver["packages"]] == ["nvidia-open", "libnvidia-ml1"]
+    assert [package["name"] for package in driver["packages"]] == [
+        "nvidia-open",
+        "libnvidia-ml1",
+        "linux-modules-nvidia-580-server-open-aws",
+    ]
+    assert driver["kernel_packages"] == [{"name": "linux-image-cloud-amd64", "version": "6.1", "held": False}]
+    assert not driver["headers"]
     (card,) = found["devices"]
     assert card["name"] == "NVIDIA A10G"
     assert (card["memory_total_mib"], card["memory_used_mib"], card["temperature_c"]) == (23028, 1234, 31)
@@ -234,6 +241,13 @@ def test_everything_that_is_wrong_is_told(host: Host) -> None:
     ]  # fmt: skip
 
 
+def test_headers_of_kernels(host: Host) -> None:
+    host.write(f"boot/vmlinuz-{NEWER}", "")
+    host.write(f"lib/modules/{NEWER}/build/Makefile", "")
+    driver = host.look()["driver"]
+    assert (driver["headers"], driver["headers_for_next"]) == (False, True)
+
+
 def test_the_boot_loader_knows_the_next_kernel(host: Host) -> None:
     host.write(f"boot/vmlinuz-{NEWER}", "")
     host.grubby = (0, f"/boot/vmlinuz-{KERNEL}\n", "")
@@ -270,12 +284,13 @@ def test_packages_of_rpm(host: Host, locks: str, held: bool) -> None:
     host.dpkg = (127, "", "dpkg-query: No such file or directory")
     host.rpm = (
         "nvidia-driver 580.95.05-1.amzn2023\nkmod-nvidia-open-dkms 580.95.05-1.amzn2023\n"
-        "libnvidia-container1 1.18.1-1\nnvidia-release 1.0-1\n"
+        "libnvidia-container1 1.18.1-1\nnvidia-release 1.0-1\nkernel6.12 6.12.1-1\n"
     )
     host.write("etc/dnf/plugins/versionlock.list", locks)
     driver = host.look()["driver"]
     assert [package["name"] for package in driver["packages"]] == ["kmod-nvidia-open-dkms", "nvidia-driver"]
     assert driver["held"] is held
+    assert [package["name"] for package in driver["kernel_packages"]] == ["kernel6.12"]
 
 
 def test_the_module_of_a_proprietary_driver(host: Host) -> None:
