@@ -22,6 +22,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable, NamedTuple, NoReturn, Optional
 
+from ansible_collections.nemo.platform.plugins.module_utils.service_logs import clean
+
 Record = dict[str, Any]
 Settings = dict[str, Any]
 Runner = Callable[[Sequence[str]], tuple[int, str, str]]
@@ -32,6 +34,8 @@ OLD_FORMAT = 1  # of releases that held the public port themselves
 MINIMUM_MEMORY = 64 * 1024 * 1024
 RESERVED_ENVIRONMENT = ("IMAGE_TAG", "IMAGE_DIGEST", "RELEASE_ID")
 LOG_LINES = 20
+RESTART = "unless-stopped"  # of every container that serves
+LOG_SEARCHED = 2000  # the last lines in which the reason of a failure is looked for
 PROBE_AGENT = "nemo-container-release"  # how health questions name themselves
 
 ADVICE = {
@@ -92,9 +96,10 @@ _CLASSES: tuple[tuple[str, str], ...] = (
 class ReleaseError(Exception):
     """What went wrong, its class, what to do about it, and the log lines that tell more."""
 
-    def __init__(self, reason: str, text: str, log_tail: Sequence[str] = ()) -> None:
+    def __init__(self, reason: str, text: str, log_tail: Sequence[str] = (), cause: str = "") -> None:
         super().__init__(text)
         self.reason = reason
+        self.cause = cause  # what the failed release's log says of it
         self.text = " ".join(text.split())
         self.log_tail = list(log_tail)
 
@@ -194,7 +199,7 @@ def check_request(params: Mapping[str, Any]) -> list[str]:
     if params.get("cpus") is not None:
         need("cpus", params["cpus"] > 0, "more than 0, such as 0.5 or 2")
     need("user", bool(re.match(r"^\d+(:\d+)?$", params["user"])), "a numeric uid or uid:gid, such as 10001:10001")
-    wrong += check_container(params) + check_health(params)
+    wrong += check_container(params) + check_health(params) + check_patterns(params)
     for name, least in (
         ("health_status", 100),
         ("health_timeout", 1),
@@ -282,6 +287,19 @@ def check_health(params: Mapping[str, Any]) -> list[str]:
         wrong.append(text % params["health_request_timeout"])
     if params["health_body"] and params["health_method"] == "GET":
         wrong.append("health_body is set and health_method is GET; allowed: a body with health_method POST")
+    return wrong
+
+
+def check_patterns(params: Mapping[str, Any]) -> list[str]:
+    """Regular expressions that are none, and texts that name groups which their expression does not have."""
+    wrong: list[str] = []
+    for kind in ("phases", "failure_patterns"):
+        for number, entry in enumerate(params[kind] or []):
+            try:
+                re.compile(entry["pattern"]).sub(entry.get("text") or "", "")
+            except (re.error, IndexError) as error:
+                text = "%s[%d] is %r; allowed: a regular expression of Python, and groups that it has (%s)"
+                wrong.append(text % (kind, number, entry["pattern"], error))
     return wrong
 
 
@@ -374,10 +392,12 @@ def request_timeout(health: Mapping[str, Any]) -> float:
     return float(health.get("request_timeout") or 5)
 
 
-def create_arguments(name: str, reference: str, record: Record, secrets_path: str | None) -> list[str]:
+def create_arguments(
+    name: str, reference: str, record: Record, secrets_path: str | None, restart: str = RESTART
+) -> list[str]:
     """The arguments of ``docker create`` for a release. Secrets are a mount, never an argument."""
     wanted: Settings = record["settings"]
-    arguments = ["--name", name, "--pull", "never", "--init", "--restart", "unless-stopped"]
+    arguments = ["--name", name, "--pull", "never", "--init", "--restart", restart]
     arguments += ["--security-opt", "no-new-privileges", "--cap-drop", "ALL", "--user", wanted["user"]]
     arguments += ["--memory", str(wanted["memory"]), "--memory-swap", str(wanted["memory"])]
     arguments += ["--stop-timeout", str(wanted["stop_timeout"])]
@@ -681,6 +701,7 @@ class Container(NamedTuple):
     ports: set[int]
     memory: int
     image: str
+    started: str = ""  # when, as the engine writes it
 
     @property
     def record(self) -> Record | None:
@@ -718,6 +739,7 @@ class Container(NamedTuple):
             ports=ports,
             memory=int((data.get("HostConfig") or {}).get("Memory") or 0),
             image=data.get("Image") or "",
+            started=state.get("StartedAt") or "",
         )
 
 
@@ -813,14 +835,22 @@ class Docker:
                 time.sleep(0.5)
         self.fail("%s cannot be removed" % name, err)
 
+    def log(self, name: str, lines: int, since: str = "") -> list[str]:
+        """The last lines of both streams of a container, fit to be shown."""
+        limits = ["--tail", str(lines)] + (["--since", since] if since else [])
+        rc, out, err = self.run(["docker", "container", "logs"] + limits + [name])
+        # An application writes to either stream; what it said on stderr is what matters more, so it stands last.
+        return [] if rc else [clean(line) for line in (out + err).splitlines() if line.strip()]
+
     def logs(self, name: str, health: Mapping[str, Any]) -> list[str]:
         """The last lines of a container's log, without those that only say that its health was asked for."""
         asked = '"%s %s HTTP' % (health.get("method") or "GET", health["path"])
-        rc, out, err = self.run(["docker", "container", "logs", "--tail", str(10 * LOG_LINES), name])
-        # An application writes to either stream; what it said on stderr is what matters more, so it stands last.
-        lines = [] if rc else [line.rstrip() for line in (out + err).splitlines() if line.strip()]
+        lines = self.log(name, 10 * LOG_LINES)
         telling = [line for line in lines if asked not in line]
         return (telling or lines)[-LOG_LINES:]
+
+    def restart_policy(self, policy: str, *names: str) -> None:
+        self.call("%s cannot be updated" % " and ".join(names), "container", "update", "--restart", policy, *names)
 
     def publishers(self, port: int) -> list[str]:
         out = self.call(

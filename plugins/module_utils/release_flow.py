@@ -24,12 +24,14 @@ import random
 import re
 import secrets as random_source
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Callable, NoReturn, Protocol
 
 from ansible_collections.nemo.platform.plugins.module_utils.container_release import (
     FORMAT,
+    LOG_SEARCHED,
     OLD_FORMAT,
+    RESTART,
     Container,
     Docker,
     Lock,
@@ -62,6 +64,9 @@ from ansible_collections.nemo.platform.plugins.module_utils.release_proxy import
     proxy_settings,
 )
 
+HEALTHY = "healthy"  # the whole way there, among the durations of its phases
+SPEAK_EVERY = 10.0  # seconds between two words on a phase that lasts
+READ_EVERY = 2.0  # seconds between two looks at the log of a release that is not healthy yet
 HISTORY = 50  # releases that the state remembers
 FAILURES = 20  # failed releases that it remembers
 PROBES_LOST = 3  # health questions in a row without a good answer that end a release's watch
@@ -83,6 +88,52 @@ class Proxy(Protocol):
     def remove(self) -> bool: ...
     def detour(self, settings: ProxySettings, port: int, release: int) -> bool: ...
     def end_detour(self, settings: ProxySettings, port: int, drain: float) -> None: ...
+
+
+class Guard(Protocol):
+    """What starts the old release again when a run that has stopped it is killed; release_guard.Guard, or a stand-in."""
+
+    def watch(self, old: str, new: str, seconds: int, proxied: bool) -> None: ...
+
+
+class Phases:
+    """What a release that is not healthy yet says it does, how long it has done so, and how long that took last time."""
+
+    def __init__(self, phases: Sequence[Mapping[str, str]], last: Mapping[str, float], began: float) -> None:
+        self.phases = [(entry["name"], re.compile(entry["pattern"])) for entry in phases]
+        self.last = last
+        self.began = self.since = self.spoken = began
+        self.read = began - READ_EVERY
+        self.name = ""
+        self.durations: dict[str, float] = {}
+
+    def due(self, now: float) -> bool:
+        return bool(self.phases) and now - self.read >= READ_EVERY
+
+    def look(self, lines: Sequence[str], now: float) -> str:
+        """What to say after a look at the log; empty when there is nothing new."""
+        self.read = now
+        found = [name for line in lines for name, pattern in self.phases if pattern.search(line)]
+        name = found[-1] if found else self.name
+        if name != self.name:
+            self.end(now)
+            self.name, self.since, self.spoken = name, now, now
+            return self.text(now)
+        if self.name and now - self.spoken >= SPEAK_EVERY:
+            self.spoken = now
+            return self.text(now)
+        return ""
+
+    def text(self, now: float) -> str:
+        text = self.name + (" since %d s" % (now - self.since) if now - self.since >= 1 else "")
+        return text + self.before(self.name)
+
+    def before(self, name: str) -> str:
+        return " (last time: %d s)" % round(self.last[name]) if name in self.last else ""
+
+    def end(self, now: float) -> None:
+        if self.name:
+            self.durations[self.name] = round(self.durations.get(self.name, 0.0) + now - self.since, 1)
 
 
 def key_of(spec: str, health: Record) -> str:
@@ -110,6 +161,7 @@ class Releaser:
         store: Store,
         proxy: Proxy,
         by: str,
+        guard: Guard | None = None,
         check_mode: bool = False,
         probe: Prober = probe_http,
         find_listener: Callable[[str, int], str | None] = listener,
@@ -123,6 +175,7 @@ class Releaser:
         self.store = store
         self.proxy = proxy
         self.by = by
+        self.guard = guard
         self.check_mode = check_mode
         self.probe = probe
         self.find_listener = find_listener
@@ -451,6 +504,7 @@ class Releaser:
         except ReleaseError as error:
             # What the killed run had proven is all that serves.
             self.warnings.append("%s; the interrupted release stays: %s" % (error.text, label_of(record)))
+            self.alone(journal)
             self.take_over(journal)
             self.commit(journal)
             self.finish(journal)
@@ -543,6 +597,7 @@ class Releaser:
     def begin(self, record: Record, kind: str, image: Record) -> None:
         journal = {
             "kind": kind,
+            "strategy": self.params["strategy"],
             "step": "start",
             "record": record,
             "from": self.current,
@@ -569,6 +624,18 @@ class Releaser:
             self.back_out(journal, error)
         self.advance(journal)
 
+    def alone(self, journal: Record) -> None:
+        """A proven release serves by itself; one that had to make room for the other is started again."""
+        origin, record = self.find(journal["from"]), journal["record"]
+        box = self.inspect(origin) if origin else None
+        if origin and box and self.takes_turns(journal):
+            self.docker.stop(box.name, int(origin["settings"]["stop_timeout"]))
+        self.bring_up(record)
+
+    @staticmethod
+    def takes_turns(journal: Record) -> bool:
+        return bool(journal.get("strategy") == "stop-start")
+
     def stop_first(self, journal: Record) -> None:
         """Where two do not fit: what serves stops, after it has answered what it was asked."""
         origin = self.record
@@ -578,8 +645,13 @@ class Releaser:
             self.proxy.hold(origin["slot"])
             self.drain(origin["slot"])
         self.journal(journal)
+        old = self.box_name(origin) if origin else self.name
+        if self.guard:
+            self.guard.watch(old, self.box_name(journal["record"]), self.params["stop_timeout"], bool(origin))
+        if origin:
+            self.docker.restart_policy("always", old)  # so that it is back after a reboot, though it was stopped
         self.say("stopping the old release")
-        self.docker.stop(self.box_name(origin) if origin else self.name, self.params["stop_timeout"])
+        self.docker.stop(old, self.params["stop_timeout"])
 
     def advance(self, journal: Record) -> None:
         """From proven to committed; every step can be repeated."""
@@ -605,7 +677,8 @@ class Releaser:
                 record["host_port"] = self.free_port(tried)
                 if journal:
                     self.journal(journal)
-                self.create(record, image, new)
+                # One that has taken another's place does not come back by itself before it is proven: the other does.
+                self.create(record, image, new, "no" if journal and self.takes_turns(journal) else RESTART)
             try:
                 self.docker.start(name)
                 return
@@ -627,7 +700,7 @@ class Releaser:
                 return port
         raise ReleaseError("port_taken", "no port of release_ports %s is free" % self.params["release_ports"])
 
-    def create(self, record: Record, image: Record, new: bool) -> None:
+    def create(self, record: Record, image: Record, new: bool, restart: str) -> None:
         folder: str | None
         if new:
             secrets = {key: environment_text(value) for key, value in (self.params["secrets"] or {}).items()}
@@ -642,7 +715,7 @@ class Releaser:
         reference = "%s@%s" % (record["image"], record["digest"])
         if reference not in (image.get("RepoDigests") or []):
             reference = image["Id"]
-        arguments = create_arguments(self.box_name(record), reference, record, folder)
+        arguments = create_arguments(self.box_name(record), reference, record, folder, restart)
         try:
             self.docker.create(arguments)
         except ReleaseError as error:
@@ -672,6 +745,8 @@ class Releaser:
             self.proxy.switch(public, slot, ports, standby)
         else:
             self.proxy.ensure(public, slot, ports)
+        if self.takes_turns(journal):
+            self.docker.restart_policy(RESTART, *[self.box_name(entry) for entry in (record, origin) if entry])
         problem = self.problem_of(self.local(public["address"]), public["port"], record)
         if problem:
             raise ReleaseError("proxy", "it does not answer through port %d: %s" % (public["port"], problem))
@@ -790,14 +865,17 @@ class Releaser:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason = "no_space"
         log = list(error.log_tail) if isinstance(error, ReleaseError) else []
+        cause = ""
         seconds = self.clock() - self.began
         try:
             self.changed = bool(self.store.read("transition.json"))
-            if self.inspect(record) and not log:
-                log = self.docker.logs(self.box_name(record), record["health"])
+            box = self.inspect(record)
+            if box:
+                cause = self.cause(box)
+                log = log or self.docker.logs(self.box_name(record), record["health"])
             self.load()
             led = journal["step"] == "switch"
-            text += ". " + self.undo(journal)
+            text += (": found in its log: %s" % cause if cause else "") + ". " + self.undo(journal)
             self.action = "restored" if led or self.params["strategy"] == "stop-start" else "removed"
             if reason in TO_REMEMBER:
                 self.mark_failed(record, reason, text)
@@ -807,7 +885,19 @@ class Releaser:
             self.say("taken back %.1f s after the decision" % (self.clock() - self.began - seconds))
         except (ReleaseError, OSError) as second:
             text += ". WHAT SERVED BEFORE DOES NOT SERVE EITHER: %s. The next run tries again" % second
-        raise ReleaseError(reason, text, log)
+        raise ReleaseError(reason, text, log, cause)
+
+    def cause(self, box: Container) -> str:
+        """What the log of a failed release says of the reason, by the patterns that are asked for; empty without any."""
+        patterns = self.params["failure_patterns"] or []
+        since = "" if box.restarts else box.started
+        lines = self.docker.log(box.name, LOG_SEARCHED, since) if patterns else []
+        for entry in patterns:
+            for line in lines:
+                match = re.search(entry["pattern"], line)
+                if match:
+                    return "%s (%s)" % (match.expand(entry["text"]), line.strip()[:300])
+        return ""
 
     def mark_failed(self, record: Record, reason: str, text: str) -> None:
         key = key_of(record["spec"], record["health"])
@@ -842,7 +932,11 @@ class Releaser:
         elif origin:
             box = self.boxes.get(origin["release"])
             stood = not box or not box.running
+            if stood and self.takes_turns(journal):
+                self.stop_failed(journal)
             self.attempt(strict, self.bring_up, origin)
+            if self.takes_turns(journal):
+                self.docker.restart_policy(RESTART, self.box_name(origin))
             if (led or journal.get("held")) and self.proxy.is_set_up():
                 self.proxy.switch(journal["proxy"], origin["slot"], self.ports)
             said = "The release before it, %s, %s" % (
@@ -864,6 +958,16 @@ class Releaser:
                 self.docker.remove(box.name)
             self.store.delete_release(record["release"])
         return said
+
+    def stop_failed(self, journal: Record) -> None:
+        """What failed makes room for what served before. Nobody waits for what it has begun."""
+        record = journal["record"]
+        box = self.inspect(record)
+        if not box or not (box.running or box.status == "restarting"):
+            return
+        if journal["step"] == "switch" and journal["proxy"].get("retry_after") and self.proxy.is_set_up():
+            self.proxy.hold(record["slot"])
+        self.docker.stop(box.name, int(record["settings"]["stop_timeout"]))
 
     def attempt(self, strict: bool, action: Callable[[Record], None], record: Record) -> None:
         try:
@@ -933,14 +1037,19 @@ class Releaser:
         question = question_of(health)
         limit = self.clock() + health["timeout"] + settle
         restarts = 0 if fresh else self.alive(record, None).restarts
+        last = next((entry["durations"] for entry in self.releases if entry.get("durations")), {})
+        phases = Phases(self.params["phases"] or [], last, self.clock())
         good: float | None = None
         shown = None
         while True:
             problem = self.probe("127.0.0.1", record["host_port"], question, min(request_timeout(health), health["timeout"]))
-            self.alive(record, restarts)
+            box = self.alive(record, restarts)
             now = self.clock()
             if problem is None:
-                good = now if good is None else good
+                if good is None:
+                    good = now
+                    phases.end(now)
+                    phases.name = ""
                 if now - good >= settle:
                     break
             else:
@@ -948,11 +1057,17 @@ class Releaser:
                     self.say("not healthy yet: %s" % problem)
                     shown = problem
                 good = None
+                if phases.due(now):
+                    # Not what it said when it ran before.
+                    said = phases.look(self.docker.log(box.name, LOG_SEARCHED, box.started), now)
+                    if said:
+                        self.say(said)
                 if now >= limit:
-                    text = "%s on its port %d gave no healthy answer within %s s: %s"
-                    raise ReleaseError(
-                        "unhealthy", text % (question.text, record["host_port"], health["timeout"], problem)
-                    )
+                    text = "%s on its port %d gave no healthy answer within %s s: %s" % (
+                        question.text, record["host_port"], health["timeout"], problem,
+                    )  # fmt: skip
+                    text += "; it was in the phase: %s" % phases.text(now) if phases.name else ""
+                    raise ReleaseError("unhealthy", text)
             self.sleep(health["interval"])
         smoke = health.get("smoke") or {}
         if smoke:
@@ -960,12 +1075,17 @@ class Releaser:
             problem = self.probe("127.0.0.1", record["host_port"], request, float(smoke.get("timeout") or 30))
             if problem:
                 raise ReleaseError("unhealthy", "the smoke request %s failed: %s" % (request.text, problem))
-        self.say("healthy")
+        took = round((good or self.clock()) - phases.began, 1)
+        self.say("healthy after %d s%s" % (took, phases.before(HEALTHY)))
+        if fresh:
+            record["durations"] = dict(phases.durations, **{HEALTHY: took})
 
     @staticmethod
     def death(live: Container, settings: Settings) -> str:
         if live.oom_killed:
             return "it was killed for using more memory than its %d MiB" % (settings["memory"] >> 20)
+        if live.running:
+            return "it ended, and was started again by the engine"
         if live.error:
             return "it could not run: %s" % live.error
         return "it ended with status %d" % live.exit_code

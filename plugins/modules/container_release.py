@@ -56,7 +56,8 @@ options:
   strategy:
     description:
       - V(beside) runs the new release beside the old one until it is proven. V(stop-start) stops the old one first, and starts it again
-        if need be, for a host on which two do not fit; HAProxy holds requests for O(proxy_retries) seconds meanwhile.
+        if need be, for a host on which two do not fit. See O(proxy_retry_after) for what clients get meanwhile.
+      - Until the new one is proven, the old one starts again by itself when the run is killed or the host reboots.
     type: str
     choices: [beside, stop-start]
     default: beside
@@ -213,6 +214,32 @@ options:
     description: Seconds that a new release must be healthy without a break or a restart before it is led to.
     type: int
     default: 3
+  phases:
+    description:
+      - What a release does before it is healthy, by the lines of its log with which each phase begins. The progress says which one it is
+        in, for how long, and how long that took last time. See O(progress).
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      name: {description: What the phase is called, such as V(loading weights)., type: str, required: true}
+      pattern: {description: Regular expression of Python that a line is searched for., type: str, required: true}
+  failure_patterns:
+    description:
+      - Reasons of failures by the log of the release that failed. The first pattern that a line matches gives the reason, which stands in the
+        one line of the failure and in RV(cause).
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      pattern: {description: Regular expression of Python that a line is searched for., type: str, required: true}
+      text:
+        description: The reason in plain words. It may use the pattern's groups, as C(\1) or C(\g<name>).
+        type: str
+        required: true
+  progress:
+    description: Name of the file below C(progress) of O(run_path) that the progress is written to, a line for each step. O(name) when it is left out.
+    type: str
   smoke:
     description: One request that a new release must answer before it is led to.
     type: dict
@@ -416,6 +443,11 @@ reason:
   returned: failure
   type: str
   sample: unhealthy
+cause:
+  description: What the log of the failed release says of the reason, by O(failure_patterns). Empty where none matches.
+  returned: failure
+  type: str
+  sample: "out of GPU memory (torch.OutOfMemoryError: CUDA out of memory.)"
 advice:
   description: What to do about it, in one line.
   returned: failure
@@ -449,9 +481,19 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     settings_of,
     utc_now,
 )
+from ansible_collections.nemo.platform.plugins.module_utils.progress import Progress
 from ansible_collections.nemo.platform.plugins.module_utils.release_flow import Releaser
+from ansible_collections.nemo.platform.plugins.module_utils.release_guard import Guard
 from ansible_collections.nemo.platform.plugins.module_utils.release_proxy import HAProxy, check_proxy
 
+PHASE: dict[str, dict[str, Any]] = {
+    "name": {"type": "str", "required": True},
+    "pattern": {"type": "str", "required": True},
+}
+FAILURE: dict[str, dict[str, Any]] = {
+    "pattern": {"type": "str", "required": True},
+    "text": {"type": "str", "required": True},
+}
 MOUNT: dict[str, dict[str, Any]] = {
     "source": {"type": "str", "required": True},
     "target": {"type": "str", "required": True},
@@ -514,6 +556,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "health_timeout": {"type": "int", "default": 60},
     "health_interval": {"type": "float", "default": 0.5},
     "settle_time": {"type": "int", "default": 3},
+    "phases": {"type": "list", "elements": "dict", "options": PHASE, "default": []},
+    "failure_patterns": {"type": "list", "elements": "dict", "options": FAILURE, "default": []},
+    "progress": {"type": "str"},
     "smoke": {"type": "dict", "options": SMOKE},
     "bake_time": {"type": "int", "default": 30},
     "bake_error_percent": {"type": "float", "default": 5},
@@ -597,6 +642,7 @@ def main() -> None:
         module.fail_json(
             msg="%s: %s" % (name, "; ".join(wrong)),
             reason="arguments",
+            cause="",
             advice="Set each named argument to an allowed value.",
             action="none",
             kept="",
@@ -645,7 +691,15 @@ def main() -> None:
     by = params["operator"] or login()
     docker = Docker(run, module.get_bin_path("timeout"))
     proxy = HAProxy(name, guarded, module.get_bin_path("haproxy"), folder=params["proxy_path"])
-    releaser = Releaser(params, docker, store, proxy, by, check_mode=module.check_mode, say=module.log)
+    progress = Progress(params["progress"] or name, params["run_path"])
+
+    def say(text: str) -> None:
+        module.log(text)
+        progress.say(text)
+
+    transition = os.path.join(store.base, "transition.json")
+    guard = Guard(name, guarded, lock.path, transition) if module.get_bin_path("systemd-run") else None
+    releaser = Releaser(params, docker, store, proxy, by, guard=guard, check_mode=module.check_mode, say=say)
     error: ReleaseError | None = None
     try:
         if not module.get_bin_path("docker"):
@@ -686,7 +740,7 @@ def main() -> None:
         lines: list[str] = [one_line(name, params, error)]
         if error.log_tail:
             lines += ["Its last log lines:"] + ["  %s" % line for line in error.log_tail]
-        module.fail_json(msg="\n".join(lines), reason=error.reason, advice=error.advice or ADVICE["docker"], **result)
+        module.fail_json(msg="\n".join(lines), reason=error.reason, cause=error.cause, advice=error.advice or ADVICE["docker"], **result)
     if module._diff and releaser.changed:
         result["diff"] = difference(name, releaser.before, releaser.after)
     module.exit_json(**result)

@@ -228,6 +228,7 @@ class FakeDocker:
         labels = dict(words[at + 1].split("=", 1) for at, word in enumerate(words) if word == "--label")
         state["containers"][name] = {
             "status": "created",
+            "policy": words[words.index("--restart") + 1],
             "labels": labels,
             "image": found["id"],
             "behaviour": found["behaviour"],
@@ -262,6 +263,14 @@ class FakeDocker:
     def do_container_stop(self, state: dict[str, Any], words: list[str]) -> tuple[int, str, str]:
         state["containers"][words[-1]]["status"] = "exited"
         return 0, words[-1], ""
+
+    def do_container_update(self, state: dict[str, Any], words: list[str]) -> tuple[int, str, str]:
+        assert words[0] == "--restart"
+        for name in words[2:]:
+            if name not in state["containers"]:
+                return 1, "", f"Error: No such container: {name}"
+            state["containers"][name]["policy"] = words[1]
+        return 0, "", ""
 
     def do_container_unpause(self, state: dict[str, Any], words: list[str]) -> tuple[int, str, str]:
         state["containers"][words[-1]]["status"] = "running"

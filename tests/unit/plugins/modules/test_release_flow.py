@@ -247,7 +247,7 @@ def test_an_unhealthy_release_never_gets_a_request(world: World) -> None:
     ("behaviour", "reason", "text"),
     [
         ("crash", "unhealthy", "ended with status 3"),
-        ("loop", "unhealthy", "ended with status"),
+        ("loop", "unhealthy", "it ended, and was started again by the engine"),
         ("unhealthy", "unhealthy", "gave no healthy answer within 3 s: it answered 503"),
         ("nostart", "platform", "exec format error"),
     ],

@@ -1,0 +1,20 @@
+# Copyright: the nemo.platform authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Action model_snapshot: runs the module of this name and shows its progress. Documented in plugins/modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ansible_collections.nemo.platform.plugins.module_utils.model_snapshot import folder_of
+from ansible_collections.nemo.platform.plugins.plugin_utils.progress import ProgressAction
+
+
+class ActionModule(ProgressAction):
+    """The action."""
+
+    def progress_of(self, arguments: Mapping[str, Any]) -> str:
+        """As the module names it."""
+        return str(arguments.get("name") or "model-%s" % folder_of(str(arguments.get("repository", ""))))
