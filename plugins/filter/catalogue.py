@@ -26,6 +26,11 @@ options:
     description: Service name to settings, such as C(nemo_services).
     type: dict
     required: true
+  without:
+    description: Keys that are left out; their values, which may be secrets that have no value here, are not touched.
+    type: list
+    elements: str
+    default: []
 """
 
 EXAMPLES = r"""
@@ -43,7 +48,9 @@ _value:
 """
 
 
-def catalogue_entries(names: Iterable[str], catalogue: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def catalogue_entries(
+    names: Iterable[str], catalogue: Mapping[str, Mapping[str, Any]], without: Iterable[str] = ()
+) -> list[dict[str, Any]]:
     """Return the entries of the named services, each with its name."""
     names = list(names)
     unknown = [name for name in names if name not in catalogue]
@@ -51,7 +58,10 @@ def catalogue_entries(names: Iterable[str], catalogue: Mapping[str, Mapping[str,
         raise AnsibleFilterError(
             f"no such service: {', '.join(unknown)}; the catalogue has {', '.join(sorted(catalogue)) or 'none'}"
         )
-    return [{"name": name, **catalogue[name]} for name in names]
+    left = set(without)
+    return [
+        {"name": name, **{key: catalogue[name][key] for key in catalogue[name] if key not in left}} for name in names
+    ]
 
 
 class FilterModule:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ansible_collections.nemo.platform.plugins.module_utils.release_flow import RULE
+
 DOCUMENTATION = r"""
 name: release_table
 short_description: The releases of a host in a few lines
@@ -22,7 +24,11 @@ options:
     elements: dict
     required: true
   newest:
-    description: The newest tag in the registry, by service.
+    description: The newest image of the registry (C(tag), C(digest), C(pushed_at)) by service.
+    type: dict
+    default: {}
+  follows:
+    description: What C(nemo-follow --json) says on the Bastion, by service.
     type: dict
     default: {}
 """
@@ -30,7 +36,7 @@ options:
 EXAMPLES = r"""
 - name: Releases
   ansible.builtin.debug:
-    msg: "{{ found.services | nemo.platform.release_table({'ai-prod': 'prod-20250718-1040'}) }}"
+    msg: "{{ found.services | nemo.platform.release_table({'ai-prod': image}) }}"
 """
 
 RETURN = r"""
@@ -43,20 +49,44 @@ _value:
 SHOWN = 5  # runs of the past
 
 
-def release_table(services: Sequence[Mapping[str, Any]], newest: Mapping[str, str] | None = None) -> list[str]:
+def in_the_registry(service: Mapping[str, Any], newest: Mapping[str, Any]) -> str:
+    """What the registry has that does not run here; nothing where it has nothing else."""
+    tag = str(newest["tag"])
+    if (tag, newest.get("digest")) == (service["tag"], service["digest"]):
+        return ""
+    if tag == service["tag"]:
+        return f"{tag} was pushed again ({str(newest.get('digest'))[:19]})"
+    return f"{tag}, pushed at {newest.get('pushed_at') or '?'}"
+
+
+def outside_the_rule(tag: str, newest: str) -> bool:
+    """Whether a tag is none of the kind that the newest is of."""
+    mine, theirs = RULE.match(tag), RULE.match(newest)
+    return bool(theirs and not (mine and mine[1] == theirs[1]))
+
+
+def release_table(
+    services: Sequence[Mapping[str, Any]],
+    newest: Mapping[str, Mapping[str, Any]] | None = None,
+    follows: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[str]:
     """Return the lines."""
     lines: list[str] = []
     for service in services:
         name, tag = service["name"], service["tag"] or "nothing"
-        newer = (newest or {}).get(name, "")
+        image = (newest or {}).get(name)
         lines.append(
             f"{name} on port {service['port']}: {tag} ({service['digest'][:19]}), {service['health']}, "
             f"since {service['since'] or 'never'} by {service['by'] or 'nobody'}"
         )
-        if newer and newer != service["tag"]:
-            lines.append(f"  in the registry: {newer}")
+        if image and service["tag"] and outside_the_rule(service["tag"], str(image["tag"])):
+            lines.append(f"  outside its rule: {service['tag']} is no tag such as {image['tag']}")
+        if image and (other := in_the_registry(service, image)):
+            lines.append(f"  in the registry: {other}")
         if service["pinned"]:
             lines.append(f"  pinned: {service['pinned']}")
+        if name in (follows or {}):
+            lines.append(f"  follows the registry: {(follows or {})[name]['text']}")
         if service["under_way"]:
             lines.append(f"  under way: {service['under_way']}")
         for entry in service["kept"]:

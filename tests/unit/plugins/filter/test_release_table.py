@@ -17,7 +17,7 @@ def test_nothing() -> None:
 
 
 def test_what_is_newest_is_one_line() -> None:
-    lines = release_table([SERVICE], {"ai-prod": "prod-20260101-0001"})
+    lines = release_table([SERVICE], {"ai-prod": {"tag": SERVICE["tag"], "digest": SERVICE["digest"]}})
     assert lines == [
         "ai-prod on port 8000: prod-20260101-0001 (sha256:aaaaaaaaaaaa), ok, since 2026-01-01T00:00:00Z by alice"
     ]
@@ -30,12 +30,28 @@ def test_all_there_is_to_say() -> None:
         **SERVICE, "pinned": "rolled back from t", "under_way": "bob since then", "kept": [entry], "failed": [entry],
         "history": [past] * 9,
     }  # fmt: skip
-    lines = release_table([service], {"ai-prod": "prod-20260102-0001"})
-    assert lines[1:6] == [
-        "  in the registry: prod-20260102-0001",
+    newest = {"tag": "prod-20260102-0001", "digest": "sha256:b", "pushed_at": "now"}
+    lines = release_table([service], {"ai-prod": newest}, {"ai-prod": {"text": "stopped"}, "other": {"text": "x"}})
+    assert lines[1:7] == [
+        "  in the registry: prod-20260102-0001, pushed at now",
         "  pinned: rolled back from t",
+        "  follows the registry: stopped",
         "  under way: bob since then",
         "  kept: t (r, served since ?, was left because it was bad)",
         "  failed: t at then by bob [bake]",
     ]
-    assert lines[6:] == ["  then: rollback of t by bob: ok in 4.2 s"] * 5
+    assert lines[7:] == ["  then: rollback of t by bob: ok in 4.2 s"] * 5
+
+
+def test_a_hotfix_outside_the_rule_is_seen() -> None:
+    newest = {"tag": "prod-20260102-0001", "digest": "sha256:b", "pushed_at": ""}
+    lines = release_table([{**SERVICE, "tag": "hotfix-1"}], {"ai-prod": newest})
+    assert lines[1:] == [
+        "  outside its rule: hotfix-1 is no tag such as prod-20260102-0001",
+        "  in the registry: prod-20260102-0001, pushed at ?",
+    ]
+
+
+def test_a_tag_that_was_pushed_again_is_seen() -> None:
+    lines = release_table([SERVICE], {"ai-prod": {"tag": SERVICE["tag"], "digest": "sha256:" + "b" * 64}})
+    assert lines[1:] == ["  in the registry: prod-20260101-0001 was pushed again (sha256:bbbbbbbbbbbb)"]
