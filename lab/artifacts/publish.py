@@ -9,7 +9,7 @@ import json
 import pathlib
 from typing import Any
 
-from lab.artifacts import awscli, index, interpreter, kubernetes, nvidia, signing, store
+from lab.artifacts import awscli, hub, index, interpreter, kubernetes, nvidia, signing, store
 from lab.aws.payload import machine
 from lab.console import say, step
 from lab.engine import Engine, tar_entry
@@ -35,9 +35,11 @@ class Artifacts:
             bundle = pool.submit(awscli.bundle, self.machine)
             relocatable = pool.submit(interpreter.relocatable, self.python, self.machine)
             diff = pool.submit(kubernetes.helm_diff, self.architecture)
+            models = pool.submit(hub.models)
             card = pool.submit(nvidia.repositories, self.machine, self.architecture)
             self.index, self.tools, self.bundle = simple.result(), tools.result(), bundle.result()
             self.relocatable, self.diff, self.nvidia = relocatable.result(), diff.result(), card.result()
+            self.models = models.result()
         if self.tools is None:
             say(f"kubectl and helm are in no package registry for {self.architecture}: the Bastion goes without them")
 
@@ -58,6 +60,7 @@ class Artifacts:
     @property
     def every(self) -> list[store.Made]:
         found = [
+            self.models,
             self.index,
             self.tools,
             self.bundle,
@@ -92,6 +95,7 @@ class Artifacts:
                     }
                 },
             },
+            "hub": hub.describe(self.models),
             "aws_cli": {
                 "version": bundle,
                 "digests": {bundle: {self.architecture: self.bundle.digest(awscli.path_of(self.machine))}},

@@ -1,6 +1,7 @@
 """The mirror's server: files over HTTP, in parts where a client asks for a part, and no listings of folders.
 
-Runs in the container of the AWS side, under its own Python:  files.py ADDRESS PORT FOLDER
+What lies below /hub is answered as a model hub would. Runs in the container of the AWS side, under its own Python:
+  python3 -m lab.aws.files ADDRESS PORT FOLDER
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import pathlib
 import re
 import sys
 from typing import Any, BinaryIO
+
+from lab.aws import hub
 
 
 class Part(io.RawIOBase):
@@ -60,6 +63,24 @@ class Files(http.server.SimpleHTTPRequestHandler):
     server_version = "nemo-lab-mirror"
     sys_version = ""
     timeout = 120
+
+    def do_GET(self) -> None:
+        if self.path.startswith(f"{hub.PREFIX}/"):
+            hub.answer(self, pathlib.Path(self.directory))
+        else:
+            super().do_GET()
+
+    def do_HEAD(self) -> None:
+        if self.path.startswith(f"{hub.PREFIX}/"):
+            hub.answer(self, pathlib.Path(self.directory))
+        else:
+            super().do_HEAD()
+
+    def do_PUT(self) -> None:
+        if self.path == hub.CONTROL:
+            hub.answer(self, pathlib.Path(self.directory))
+        else:
+            self.send_error(405)
 
     def send_head(self) -> Any:
         path = pathlib.Path(self.translate_path(self.path))

@@ -104,7 +104,8 @@ Requires=nemo-lab-addresses.service
 After=nemo-lab-addresses.service
 
 [Service]
-ExecStart=/usr/bin/python3 /{ROOT}/lab/aws/files.py {MIRROR} 80 /srv/mirror
+Environment=PYTHONPATH=/{ROOT}
+ExecStart=/usr/bin/python3 -m lab.aws.files {MIRROR} 80 /srv/mirror
 StandardOutput=null
 StandardError=null
 Restart=on-failure
@@ -233,7 +234,8 @@ def _files(state: pathlib.Path, registry: pathlib.Path) -> dict[str, tuple[bytes
         files[f"{ROOT}/tls/{name}.crt"] = (certificate.read_bytes(), 0o644)
         files[f"{ROOT}/tls/{name}.key"] = (private.read_bytes(), 0o600)
     for path in (
-        "__init__.py", "settings.py", "listeners.py", "aws/__init__.py", "aws/server.py", "aws/files.py", "aws/amis.json",
+        "__init__.py", "settings.py", "listeners.py", "aws/__init__.py", "aws/server.py", "aws/files.py", "aws/hub.py",
+        "aws/amis.json",
     ):  # fmt: skip
         files[f"{ROOT}/lab/{path}"] = ((HERE.parent / path).read_bytes(), 0o644)
     for name, text in UNITS.items():
