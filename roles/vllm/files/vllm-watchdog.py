@@ -1,0 +1,307 @@
+#!/usr/bin/python3
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Restarts an inference server whose engine hangs, and never more often than it may.
+
+A timer runs it. It asks the release that serves for what has proven it, one token, on its loopback port; /health stays 200
+on an engine that hangs. Only when that fails several times in a row, and vLLM's own counters have not moved meanwhile (an
+engine that is busy is not one that hangs), the container is restarted. It keeps quiet while a release is under way, while
+the model loads, and where somebody has stopped the container. After the restarts that it may make within the window it
+gives up, says so, and waits for a container that somebody else has started.
+
+    vllm-watchdog CONFIG            one look
+    vllm-watchdog CONFIG --clear    forget strikes and restarts, and begin again
+
+The state is in CONFIG's "state" folder, for people and for metrics: state (ok, failing, restarting, gave_up), strikes,
+restarts (times, UTC), since, reason.
+"""
+
+from __future__ import annotations
+
+import calendar
+import fcntl
+import http.client
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FORMAT = 2  # of container_release's state.json
+COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:request_success_total")
+METRICS_TIMEOUT = 5
+# Seconds for a docker command, and for a restart to end what does not end by itself.
+DOCKER_TIMEOUT = 60
+STOP_SECONDS = 10
+
+Runner = Callable[[Sequence[str], float], "tuple[int, str]"]
+
+
+class Container(NamedTuple):
+    name: str
+    status: str
+    started: str
+
+
+class Answer(NamedTuple):
+    good: bool
+    reason: str
+    asks_in_vain: bool = False  # the server works, and refuses the question: no restart mends that
+
+
+def run(argv: Sequence[str], timeout: float) -> tuple[int, str]:
+    try:
+        done = subprocess.run(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return 124, "%s does not end within %d s" % (argv[0], timeout)
+    except OSError as error:
+        return 127, "%s: %s" % (argv[0], error.strerror)
+    return done.returncode, done.stdout.decode("utf-8", "replace")
+
+
+def utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def seconds_of(text: str) -> float:
+    """Of a time as utc() or Docker write it; 0 where it is none."""
+    try:
+        return calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return 0
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+class Watchdog:
+    """One look at one service."""
+
+    def __init__(self, config: dict[str, Any], run: Runner = run, clock: Callable[[], float] = time.time) -> None:
+        self.config, self.run, self.clock = config, run, clock
+        self.service = str(config["service"])
+        self.base = Path(config["services"], self.service)
+        self.path = Path(config["state"], "state.json")
+        self.state = read_json(self.path)
+        self.state.setdefault("restarts", [])
+        self.state.setdefault("strikes", 0)
+        self.state.setdefault("state", "ok")
+
+    # -- what is there
+
+    def current(self) -> dict[str, Any] | None:
+        """The release that serves."""
+        state = read_json(self.base / "state.json")
+        if state.get("format") != FORMAT:
+            return None
+        found = [entry for entry in state.get("releases") or [] if entry.get("release") == state.get("current")]
+        return found[0] if found else None
+
+    def lock(self) -> int | None:
+        """The lock that releases take: its descriptor, or None while somebody holds it."""
+        path = Path(self.config["locks"], "%s.lock" % self.service)
+        path.parent.mkdir(mode=0o755, exist_ok=True)  # of /run, which a reboot empties
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def released(self) -> bool:
+        """Whether a release is under way, or was cut off and waits for the next run."""
+        if (self.base / "transition.json").exists():
+            return True
+        descriptor = self.lock()
+        if descriptor is None:
+            return True
+        os.close(descriptor)
+        return False
+
+    def container(self, release: dict[str, Any]) -> Container | None:
+        name = "%s.%s" % (self.service, release["release"])
+        form = "{{.State.Status}} {{.State.StartedAt}}"
+        code, out = self.run(["docker", "container", "inspect", "--format", form, name], DOCKER_TIMEOUT)
+        words = out.split()
+        return Container(name, words[0], words[1]) if code == 0 and len(words) == 2 else None
+
+    def ask(self, release: dict[str, Any]) -> Answer:
+        """The release's own proof, with the patience of a busy server."""
+        health = release.get("health") or {}
+        headers = {"User-Agent": "nemo-vllm-watchdog", "Connection": "close"}
+        headers.update(health.get("headers") or {})
+        body = str(health.get("body") or "").encode() or None
+        method, path = str(health.get("method") or "GET"), str(health.get("path") or "/health")
+        limit = float(self.config["timeout"])
+        connection = http.client.HTTPConnection("127.0.0.1", int(release["host_port"]), timeout=limit)
+        try:
+            connection.request(method, path, body=body, headers=headers)
+            answer = connection.getresponse()
+            text = answer.read(1 << 16).decode("utf-8", "replace")
+        except OSError as error:
+            said = (error.strerror or str(error)).lower()
+            said = "is not answered within %g s" % limit if "timed out" in said else "fails: %s" % said
+            return Answer(False, "%s %s %s" % (method, path, said))
+        except http.client.HTTPException as error:
+            return Answer(False, "%s %s fails: %s" % (method, path, type(error).__name__))
+        finally:
+            connection.close()
+        if answer.status == int(health.get("status") or 200) and str(health.get("contains") or "") in text:
+            return Answer(True, "")
+        line = " ".join(text.split())[:120]
+        reason = "%s %s is answered by %d%s" % (method, path, answer.status, ": %s" % line if line else "")
+        return Answer(False, reason, 400 <= answer.status < 500 and answer.status not in (408, 429))
+
+    def counted(self, release: dict[str, Any]) -> float | None:
+        """Tokens and answers that the engine has counted; None where it does not say."""
+        connection = http.client.HTTPConnection("127.0.0.1", int(release["host_port"]), timeout=METRICS_TIMEOUT)
+        try:
+            connection.request("GET", "/metrics", headers={"Connection": "close"})
+            answer = connection.getresponse()
+            text = answer.read(1 << 22).decode("utf-8", "replace") if answer.status == 200 else ""
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
+        found = re.findall(r"^(%s)(?:\{[^}]*\})? (\S+)" % "|".join(COUNTERS), text, re.MULTILINE)
+        try:
+            return sum(float(value) for _name, value in found) if found else None
+        except ValueError:
+            return None
+
+    # -- what comes of it
+
+    def say(self, state: str, reason: str) -> str:
+        """Writes the state down, and returns the line for the journal."""
+        if state != self.state["state"] or "since" not in self.state:
+            self.state["since"] = utc(self.clock())
+        self.state.update(state=state, reason=reason, looked=utc(self.clock()))
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as stream:
+            os.fchmod(stream.fileno(), 0o644)
+            json.dump(self.state, stream, indent=2, sort_keys=True)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(self.path)
+        strikes = ", strike %d of %d" % (self.state["strikes"], self.config["strikes"]) if self.state["strikes"] else ""
+        return "%s%s%s" % (state, strikes, ": %s" % reason if reason else "")
+
+    def quiet(self, why: str) -> str:
+        """Nothing is judged now, and what was found before says nothing any more."""
+        self.state["strikes"] = 0
+        return self.say("ok" if self.state["state"] == "failing" else self.state["state"], why)
+
+    def clear(self) -> str:
+        self.state.update(strikes=0, restarts=[])
+        return self.say("ok", "cleared")
+
+    def recent(self) -> list[str]:
+        """Restarts within the window."""
+        since = self.clock() - float(self.config["window"])
+        return [entry for entry in self.state["restarts"] if seconds_of(entry) > since]
+
+    def look(self) -> str:
+        release = self.current()
+        if release is None:
+            return self.quiet("no release serves")
+        if self.released():
+            return self.quiet("a release is under way")
+        box = self.container(release)
+        if box is None or box.status != "running":
+            # The engine starts again what dies by itself; what is stopped was stopped by somebody.
+            return self.quiet("its container is %s" % (box.status if box else "not there"))
+        if self.state.get("release") != release["release"]:
+            self.state.update(release=release["release"], restarts=[])
+            self.state["state"] = "ok"
+        if self.state.get("started") != box.started:
+            # Somebody has started it, or this program has. The restarts within the window count on.
+            self.state.update(started=box.started, proven=False, strikes=0, counted=None)
+            if self.state["state"] == "gave_up":
+                self.state["state"] = "ok"
+        before = self.counted(release)
+        answer = self.ask(release)
+        if answer.good:
+            self.state.update(strikes=0, proven=True, counted=self.counted(release))
+            return self.say("ok", "")
+        age = self.clock() - seconds_of(box.started)
+        if not self.state.get("proven") and age < float(self.config["load_timeout"]):
+            return self.quiet("it has been loading for %d s" % age)
+        after = self.counted(release)
+        moved = after is not None and any(
+            then is not None and after > then for then in (before, self.state.get("counted"))
+        )
+        if after is not None:
+            self.state["counted"] = after
+        if moved:
+            return self.quiet("busy: %s, and it counts tokens meanwhile" % answer.reason)
+        if answer.asks_in_vain:
+            self.state["strikes"] = 0
+            return self.say("failing", "%s; a restart does not mend that" % answer.reason)
+        self.state["strikes"] += 1
+        if self.state["strikes"] < int(self.config["strikes"]):
+            return self.say("gave_up" if self.state["state"] == "gave_up" else "failing", answer.reason)
+        return self.restart(box, answer.reason)
+
+    def restart(self, box: Container, reason: str) -> str:
+        recent = self.recent()
+        self.state["strikes"] = int(self.config["strikes"])
+        if self.state["state"] == "gave_up":
+            return self.say("gave_up", self.state["reason"])
+        if len(recent) >= int(self.config["max_restarts"]):
+            tried = "%d restarts within %d s did not help" % (len(recent), self.config["window"])
+            return self.say("gave_up", "%s; %s" % (reason, tried if recent else "no restart is allowed"))
+        descriptor = self.lock()
+        if descriptor is None:
+            return self.quiet("a release is under way")
+        try:
+            # Before it is done, so that one that is cut off counts, too.
+            self.state["restarts"] = [*recent, utc(self.clock())]
+            holder = {"by": "vllm-watchdog", "since": utc(self.clock()), "pid": os.getpid(), "what": "a restart"}
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            said = self.say("restarting", reason)
+            code, out = self.run(["docker", "container", "logs", "--tail", "20", box.name], DOCKER_TIMEOUT)
+            if code == 0:
+                said += "\nits last lines:\n" + out.rstrip()
+            code, out = self.run(
+                ["docker", "container", "restart", "--time", str(STOP_SECONDS), box.name], DOCKER_TIMEOUT + STOP_SECONDS
+            )
+        finally:
+            os.close(descriptor)
+        self.state["strikes"] = 0
+        if code:
+            return said + "\n" + self.say("failing", "it cannot be restarted: %s" % " ".join(out.split())[-200:])
+        return said + "\n" + self.say("restarting", "restarted, as %s" % reason)
+
+
+def main(arguments: Sequence[str]) -> int:
+    config = read_json(Path(arguments[0])) if arguments else {}
+    if not config or arguments[1:] not in ([], ["--clear"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    Path(config["state"]).mkdir(mode=0o755, parents=True, exist_ok=True)
+    watchdog = Watchdog(config)
+    print(watchdog.clear() if arguments[1:] else watchdog.look())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
