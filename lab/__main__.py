@@ -184,11 +184,11 @@ def gpu(arguments: argparse.Namespace) -> None:
 
 
 def push(arguments: argparse.Namespace) -> None:
-    """Push a release of the AI application to the lab's registry."""
+    """Push a release of the AI application, or of the inference server, to the lab's registry."""
     from lab.aws import images, side
 
     with only_one(), side.errors():
-        images.push(arguments.tag, arguments.behaviour)
+        images.push(arguments.tag, arguments.behaviour, repository=arguments.repository, padding=arguments.padding)
 
 
 def remove(arguments: argparse.Namespace) -> None:
@@ -196,7 +196,7 @@ def remove(arguments: argparse.Namespace) -> None:
     from lab.aws import images, side
 
     with only_one(), side.errors():
-        images.remove(arguments.tag)
+        images.remove(arguments.tag, repository=arguments.repository)
 
 
 def check(_: argparse.Namespace) -> None:
@@ -235,6 +235,7 @@ def main() -> int:
             command.add_argument("words", nargs="*", help="ok, missing, mismatch, lost, hang, xid, memory=MIB, ...")
         if name in ("push", "remove"):
             command.add_argument("tag", help="for example prod-20261122-1200")
+            command.add_argument("--repository", default="ai", help="ai (if not given) or vllm-openai")
         if name == "scenario-hosts":
             command.add_argument("names", nargs="*", help="one host each, called nemo-lab-scenario-NAME")
             command.add_argument("--remove", action="store_true", help="remove these, or all of them")
@@ -242,7 +243,10 @@ def main() -> int:
             command.add_argument("act", choices=["grow"])
             command.add_argument("--gib", type=int, default=1, help="by how much (default: 1)")
         if name == "push":
-            command.add_argument("--behaviour", default="healthy", help="healthy, unhealthy, crash, slow-start, ...")
+            command.add_argument(
+                "--behaviour", default="healthy", help="healthy, unhealthy, crash, slow-start, oom, ..."
+            )
+            command.add_argument("--padding", type=int, default=0, help="MiB by which the image is larger")
     arguments = parser.parse_args()
     try:
         arguments.function(arguments)

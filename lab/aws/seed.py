@@ -18,7 +18,7 @@ ENDPOINT = f"http://{AWS_API}:5000"
 PROJECT = "nemo"
 KEY_PAIR = "keypair-kube-master"
 AMAZON_LINUX_2, AMAZON_LINUX_2023 = "ami-0662f4965dfc70aca", "ami-0c0ffee2025091500"  # both in amis.json
-REPOSITORIES = ("ai", "backend", "frontend")
+REPOSITORIES = ("ai", "backend", "frontend", "vllm-openai")
 
 SUBNETS = {
     "10.0.1.0/24": ("nemo-public-2a", f"{REGION}a", "elb"),

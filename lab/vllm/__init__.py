@@ -1,0 +1,1 @@
+"""The inference server: a small one that behaves like vLLM, and vLLM itself, built for CPUs."""
