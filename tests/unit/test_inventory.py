@@ -263,11 +263,13 @@ def test_lab_shares_the_files_of_the_platform() -> None:
         if file.name == "vault.yml":
             continue
         twin = lab / file.relative_to(platform)
+        if twin.with_suffix("").is_dir():  # a group with a file of its own beside the platform's
+            twin = twin.with_suffix("") / "platform.yml"
         assert twin.is_symlink(), twin
         assert not twin.readlink().is_absolute()
         assert twin.resolve() == file.resolve()
     own = [file.name for file in lab.rglob("*.yml") if not file.is_symlink()]
-    assert own == ["zz_lab.yml"]
+    assert set(own) == {"zz_lab.yml"}
 
 
 def test_one_region_and_one_endpoint() -> None:
