@@ -79,7 +79,7 @@ class Report:
         for name, value in self.rows:
             lines += wrapped(value, f"{name:<{NAME}}", " " * NAME)
         count = len(self.findings)
-        lines += ["", well if count == 0 else f"{count} finding{'s' if count > 1 else ''}"]
+        lines += ["", well if count == 0 else many(count, "finding")]
         for place, (text, todo) in enumerate(self.findings, 1):
             lines += wrapped(text, f"{place:>2}. ", "    ") + wrapped(todo, "    -> ", "       ")
         return "\n".join(lines) + "\n"
@@ -90,6 +90,10 @@ def wrapped(text: str, first: str, other: str) -> list[str]:
     return textwrap.wrap(
         text, WIDTH, initial_indent=first, subsequent_indent=other, break_long_words=False, break_on_hyphens=False
     ) or [first.rstrip()]
+
+
+def many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def unknown(value: Any, unit: str = "") -> str:
@@ -212,19 +216,22 @@ def the_watchdog(report: Report, path: str) -> None:
     if state is None:
         report.row("watchdog", "there is none")
         return
-    restarts = state.get("restarts") or []
+    restarts, strikes = state.get("restarts") or [], state.get("strikes", 0)
     report.row(
         "watchdog",
         f"{state['state']}{' since ' + str(state['since']) if state.get('since') else ''}",
-        f"{state.get('strikes', 0)} failed probes in a row",
-        f"{len(restarts)} restarts{', last ' + str(restarts[-1]) if restarts else ''}",
+        many(strikes, "failed probe") + " in a row",
+        many(len(restarts), "restart") + (f", last {restarts[-1]}" if restarts else ""),
     )
-    logs = "sudo docker ps --all --filter label=nemo.service=vllm, and docker logs --tail 50 of the one that should run"
+    why = f": {state['reason']}" if state.get("reason") else ""
+    logs = "sudo docker ps --all --filter label=nemo.service, and sudo docker logs --tail 50 NAME of the one that should run"
     if state["state"] == "gave_up":
-        report.finding(f"the watchdog gave up on vLLM after {len(restarts)} restarts", logs + "; then {again}")
+        report.finding(
+            f"the watchdog gave up on vLLM after {many(len(restarts), 'restart')}{why}", logs + "; then {again}"
+        )
     elif state["state"] != "ok":
         report.finding(
-            f"vLLM does not answer the watchdog ({state['state']}, {state.get('strikes', 0)} failed probes)", logs
+            f"vLLM does not answer its watchdog ({state['state']}, {many(strikes, 'failed probe')}){why}", logs
         )
 
 
