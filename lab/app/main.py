@@ -6,20 +6,27 @@ every second request but those for its health) or leak (memory with each request
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import signal
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Awaitable, Callable
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
+from pydantic import BaseModel
 
 BEHAVIOUR = os.environ.get("LAB_BEHAVIOUR", "healthy")
 DELAY = float(os.environ.get("LAB_DELAY", "15"))  # seconds that slow-start takes, or that crash-later waits
 SECRETS = pathlib.Path("/run/secrets")
+VLLM_URL = os.environ.get("VLLM_URL", "")  # of the inference server, for example http://10.0.2.20:8002
+VLLM_MODEL = os.environ.get("VLLM_MODEL", "")  # its name there; where it is empty, the server's first one answers
+VLLM_TIMEOUT = float(os.environ.get("VLLM_TIMEOUT", "60"))  # seconds
 STARTED = time.monotonic()
 
 LEAKED: list[bytearray] = []
@@ -88,6 +95,54 @@ def settings() -> dict[str, list[str]]:
     secrets = sorted(path.name for path in SECRETS.iterdir() if path.is_file()) if SECRETS.is_dir() else []
     readable = [name for name in secrets if os.access(SECRETS / name, os.R_OK)]
     return {"secrets": secrets, "readable": readable, "environment": sorted(os.environ)}
+
+
+class Question(BaseModel):
+    """What a client asks the model."""
+
+    prompt: str
+    max_tokens: int = 16
+
+
+@app.post("/v1/ask")
+def ask(question: Question) -> dict[str, object]:
+    """The model's answer, by the inference server; 503 while that loads or is not set up, 502 where it fails."""
+    if not VLLM_URL:
+        raise HTTPException(503, "no inference server is set up: VLLM_URL is empty")
+    model = {"model": VLLM_MODEL} if VLLM_MODEL else {}
+    body = {**model, "prompt": question.prompt, "max_tokens": question.max_tokens}
+    try:
+        with urllib.request.urlopen(completion(body), timeout=VLLM_TIMEOUT) as answer:
+            found = json.load(answer)
+        return {"text": found["choices"][0]["text"], "model": found["model"], **release()}
+    except urllib.error.HTTPError as error:
+        raise refusal(error) from error
+    except (OSError, ValueError, LookupError) as error:
+        raise HTTPException(502, f"the inference server at {VLLM_URL} gave no answer: {error}") from error
+
+
+def completion(body: dict[str, object]) -> urllib.request.Request:
+    """A request for one completion, with the key that this release was given."""
+    headers = {"Content-Type": "application/json"}
+    key = SECRETS / "VLLM_API_KEY"
+    if key.is_file():
+        headers["Authorization"] = f"Bearer {key.read_text().strip()}"
+    return urllib.request.Request(f"{VLLM_URL}/v1/completions", json.dumps(body).encode(), headers)
+
+
+def refusal(error: urllib.error.HTTPError) -> HTTPException:
+    """What a client hears of an answer that is none: its own mistakes, when to come back, or who is at fault."""
+    text = error.read(2000).decode(errors="replace").strip()
+    if error.code == 400:
+        return HTTPException(400, text)
+    if error.code == 503:
+        wait = error.headers.get("Retry-After")
+        return HTTPException(503, f"the inference server is not ready: {text}", {"Retry-After": wait} if wait else None)
+    if error.code in (401, 403):
+        return HTTPException(
+            502, f"the inference server refuses this service ({error.code}): VLLM_API_KEY or its rules"
+        )
+    return HTTPException(502, f"the inference server answered {error.code}: {text}")
 
 
 def crash_later() -> None:
