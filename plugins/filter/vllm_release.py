@@ -41,8 +41,9 @@ _value:
     environment: {description: The container's environment., type: dict}
     mounts: {description: "Bind mounts, each with source, target and read_only.", type: list, elements: dict}
     cache: {description: Folder of the host for compile and engine caches., type: str}
-    cache_folders: {description: Folders that the container's user must own., type: list, elements: str}
+    cache_folders: {description: "Folders that the container's user must own: path, owner, group.", type: list, elements: dict}
     snapshots: {description: "The model and its adapters: repository, revision, path and target.", type: list, elements: dict}
+    adapters: {description: "The adapters: served name and path.", type: list, elements: dict}
     health: {description: "The request that proves a release: method, path, headers, body, contains.", type: dict}
     phases: {description: What a line of its log tells about its start., type: list, elements: dict}
     failure_patterns: {description: What a line of its log tells about its end., type: list, elements: dict}

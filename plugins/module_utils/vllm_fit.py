@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ansible_collections.nemo.platform.plugins.module_utils import model_memory as memory
@@ -112,11 +112,10 @@ def requirement_holds(text: str, cuda: str, driver: str) -> bool | None:
     return None if undecided else False
 
 
-def image_findings(environment: Iterable[str], gpu: Mapping[str, Any]) -> list[Finding]:
-    values = dict(entry.split("=", 1) for entry in environment if "=" in entry)
-    need = values.get("CUDA_VERSION", "")
-    require = values.get("NVIDIA_REQUIRE_CUDA", "")
-    if values.get("NVIDIA_DISABLE_REQUIRE", "").lower() in ("1", "true", "yes"):
+def image_findings(environment: Mapping[str, Any], gpu: Mapping[str, Any]) -> list[Finding]:
+    need = str(environment.get("CUDA_VERSION") or "")
+    require = str(environment.get("NVIDIA_REQUIRE_CUDA") or "")
+    if str(environment.get("NVIDIA_DISABLE_REQUIRE") or "").lower() in ("1", "true", "yes"):
         require = ""
     has = str(gpu.get("cuda") or "")
     driver = str((gpu.get("driver") or {}).get("loaded") or "")
@@ -362,7 +361,7 @@ def host_findings(config: Config | None, stored: int | None, wanted: Wanted, hos
 
 
 def examine(
-    folder: str, adapters: Sequence[tuple[str, str]], image_environment: Sequence[str], wanted: Wanted, host: Host
+    folder: str, adapters: Sequence[tuple[str, str]], image_environment: Mapping[str, Any], wanted: Wanted, host: Host
 ) -> tuple[list[Finding], dict[str, float]]:
     """Every finding, errors first, and the numbers behind them in bytes."""
     config = memory.read_json(os.path.join(folder, "config.json"))

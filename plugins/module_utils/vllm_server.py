@@ -467,7 +467,7 @@ def problems(inputs: Inputs, arguments: Mapping[str, Mapping[str, Any]]) -> list
         ("retry_after", 1, 3600),
         ("fetch_timeout", 1, None),
         ("watchdog_interval", 1, 3600),
-        ("watchdog_timeout", 1, 3600),
+        ("completion_timeout", 1, 3600),
         ("watchdog_strikes", 1, 100),
         ("watchdog_max_restarts", 0, 100),
         ("watchdog_window", 60, 86400),
@@ -565,6 +565,10 @@ def release(inputs: Inputs) -> Release:
     """What role container_service is given, and the snapshots that must be there before."""
     wanted = snapshots(inputs)
     cache = "%s/cache" % str(inputs["models_path"]).rstrip("/")
+    owner, _colon, group = str(inputs["user"]).partition(":")
+    adapters = [
+        {"name": module["name"], "path": entry.path} for module, entry in zip(inputs["lora_modules"], wanted[1:])
+    ]
     mounts = {entry.target: {"source": entry.path, "target": entry.target, "read_only": True} for entry in wanted}
     mounts[CACHE] = {"source": cache, "target": CACHE, "read_only": False}
     return {
@@ -572,8 +576,9 @@ def release(inputs: Inputs) -> Release:
         "environment": dict(inputs["environment"], **environment_of(inputs)),
         "mounts": list(mounts.values()),
         "cache": cache,
-        "cache_folders": [cache, cache + "/home"],
+        "cache_folders": [{"path": path, "owner": owner, "group": group or owner} for path in (cache, cache + "/home")],
         "snapshots": [entry._asdict() for entry in wanted],
+        "adapters": adapters,
         "health": completion_of(inputs),
         "phases": [{"name": name, "pattern": pattern} for name, pattern in PHASES],
         "failure_patterns": [{"pattern": pattern, "text": text} for pattern, text in FAILURES],

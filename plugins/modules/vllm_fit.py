@@ -42,9 +42,8 @@ options:
         required: true
   image_environment:
     description: C(Env) of the image's configuration, as M(nemo.platform.container_image) returns it.
-    type: list
-    elements: str
-    default: []
+    type: dict
+    default: {}
   device:
     description: V(cpu) looks at no card and no driver.
     type: str
@@ -117,7 +116,9 @@ EXAMPLES = r"""
 - name: The model fits before the old one stops
   nemo.platform.vllm_fit:
     model: /srv/models/hub/Qwen--Qwen2.5-7B-Instruct/a09a35458c702b33eeacc393d103063234e8bc28
-    image_environment: ["CUDA_VERSION=13.0.2", "NVIDIA_REQUIRE_CUDA=cuda>=13.0"]
+    image_environment:
+      CUDA_VERSION: 13.0.2
+      NVIDIA_REQUIRE_CUDA: cuda>=13.0
     max_model_len: 8192
     gpu_memory_utilization: 0.9
     memory: 13g
@@ -162,7 +163,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "default": [],
         "options": {"name": {"type": "str", "required": True}, "path": {"type": "path", "required": True}},
     },
-    "image_environment": {"type": "list", "elements": "str", "default": []},
+    "image_environment": {"type": "dict", "default": {}},
     "device": {"type": "str", "choices": ["cuda", "cpu"], "default": "cuda"},
     "dtype": {"type": "str", "default": "auto"},
     "quantization": {"type": "str", "default": ""},

@@ -61,7 +61,7 @@ GPU: dict[str, Any] = {
     "devices": [A10G],
     "processes": [],
 }
-CUDA_13 = ["CUDA_VERSION=13.0.2", "NVIDIA_REQUIRE_CUDA=cuda>=13.0 brand=tesla,driver>=535,driver<536"]
+CUDA_13 = {"CUDA_VERSION": "13.0.2", "NVIDIA_REQUIRE_CUDA": "cuda>=13.0 brand=tesla,driver>=535,driver<536"}
 HOST = Host(gpu=GPU, memory_total=16 * GIB)
 WANTED = Wanted(max_model_len=8192, memory=13 * GIB, shm_size=GIB)
 
@@ -295,10 +295,10 @@ class TestImage:
 
     def test_new_enough(self) -> None:
         assert image_findings(CUDA_13, GPU) == []
-        assert image_findings(["CUDA_VERSION=13.2.0"], GPU) == []
+        assert image_findings({"CUDA_VERSION": "13.2.0"}, GPU) == []
 
-    @pytest.mark.parametrize("environment", [CUDA_13, ["CUDA_VERSION=13.0.2"]])
-    def test_too_old(self, environment: list[str]) -> None:
+    @pytest.mark.parametrize("environment", [CUDA_13, {"CUDA_VERSION": "13.0.2"}])
+    def test_too_old(self, environment: dict[str, str]) -> None:
         (finding,) = image_findings(environment, {**GPU, "cuda": "12.8", "driver": {"loaded": "570.86.15"}})
         assert finding.level == "error"
         assert "the image needs CUDA 13.0" in finding.text
@@ -306,17 +306,17 @@ class TestImage:
         assert "-cu129" in finding.text
 
     def test_minor_that_is_required(self) -> None:
-        environment = ["CUDA_VERSION=13.2.0", "NVIDIA_REQUIRE_CUDA=cuda>=13.2"]
+        environment = {"CUDA_VERSION": "13.2.0", "NVIDIA_REQUIRE_CUDA": "cuda>=13.2"}
         assert image_findings(environment, GPU)[0].level == "error"
-        assert image_findings([*environment, "NVIDIA_DISABLE_REQUIRE=1"], GPU) == []
+        assert image_findings({**environment, "NVIDIA_DISABLE_REQUIRE": "1"}, GPU) == []
 
     def test_brand_decides(self) -> None:
-        environment = ["CUDA_VERSION=13.0.2", "NVIDIA_REQUIRE_CUDA=cuda>=13.0 brand=tesla,driver>=570,driver<571"]
+        environment = {"CUDA_VERSION": "13.0.2", "NVIDIA_REQUIRE_CUDA": "cuda>=13.0 brand=tesla,driver>=570,driver<571"}
         (finding,) = image_findings(environment, {**GPU, "cuda": "12.8", "driver": {"loaded": "570.86.15"}})
         assert finding.level == "warning"
 
     def test_image_that_says_nothing(self) -> None:
-        assert [finding.level for finding in image_findings(["PATH=/bin"], GPU)] == ["warning"]
+        assert [finding.level for finding in image_findings({"PATH": "/bin"}, GPU)] == ["warning"]
 
 
 @pytest.fixture

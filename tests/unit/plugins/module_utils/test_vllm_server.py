@@ -53,7 +53,7 @@ GOOD: dict[str, Any] = {
     "retry_after": 15,
     "fetch_timeout": 7200,
     "watchdog_interval": 30,
-    "watchdog_timeout": 60,
+    "completion_timeout": 60,
     "watchdog_strikes": 3,
     "watchdog_max_restarts": 3,
     "watchdog_window": 3600,
@@ -237,6 +237,7 @@ class TestRelease:
         at = one["command"].index("--lora-modules")
         assert json.loads(one["command"][at + 1]) == {"name": "tone", "path": f"/models/acme--tone/{'b' * 40}"}
         assert one["command"][at - 5 : at] == ["--enable-lora", "--max-loras", "1", "--max-lora-rank", "64"]
+        assert one["adapters"] == [{"name": "tone", "path": f"/srv/models/hub/acme--tone/{'b' * 40}"}]
         assert [entry["repository"] for entry in one["snapshots"]] == ["acme/chat-7b", "acme/tone"]
 
     def test_mounts_are_read_only_but_for_the_cache(self) -> None:
@@ -247,6 +248,12 @@ class TestRelease:
                 "read_only": True,
             },
             {"source": "/srv/models/cache", "target": "/cache", "read_only": False},
+        ]
+
+    @pytest.mark.parametrize(("user", "group"), [("1000:2000", "2000"), ("1000", "1000")])
+    def test_caches_belong_to_the_containers_user(self, user: str, group: str) -> None:
+        assert made(user=user)["cache_folders"] == [
+            {"path": path, "owner": "1000", "group": group} for path in ("/srv/models/cache", "/srv/models/cache/home")
         ]
 
     def test_folder_of_the_volume(self) -> None:

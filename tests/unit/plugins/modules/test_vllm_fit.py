@@ -93,7 +93,7 @@ def test_own_memory_on_the_card_is_free_by_then(
     programs("nvidia-smi", SMI)
     monkeypatch.setattr(module.gpu, "on_the_bus", lambda root="/": ["0000:00:1e.0"])
     monkeypatch.setattr(module.gpu, "_loaded", lambda root: ("580.95.05", True))
-    arguments = {"model": str(model), "memory": "8g", "image_environment": ["CUDA_VERSION=13.0.2"]}
+    arguments = {"model": str(model), "memory": "8g", "image_environment": {"CUDA_VERSION": "13.0.2"}}
     foreign = run(capsys, **arguments)
     assert "held by VLLM::EngineCore (pid 4242, 20000 MiB)" in foreign["msg"]
     programs("docker", 'case "$1" in ps) echo c1 ;; top) printf "PID\\n4242\\n" ;; esac')
