@@ -154,7 +154,7 @@ def signatures(device: str, run: Runner) -> list[Found]:
     """Everything that wipefs recognises: file systems, partition tables, LVM, LUKS, RAID, swap and more."""
     code, out, err = run(["wipefs", "--no-act", "--json", device])
     if code != 0:
-        raise VolumeError(f"{device} could not be examined: wipefs: {err.strip() or out.strip()}")
+        raise VolumeError(f"{device} could not be examined: {err.strip() or out.strip() or 'wipefs failed'}")
     entries = json.loads(out).get("signatures", []) if out.strip() else []
     return [
         Found(entry["type"], entry["offset"], entry.get("uuid") or "", entry.get("label") or "") for entry in entries
