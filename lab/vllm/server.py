@@ -32,6 +32,7 @@ import math
 import os
 import pathlib
 import re
+import select
 import signal
 import socket
 import socketserver
@@ -494,8 +495,10 @@ class Engine:
 
     # -- tokens
 
-    def generate(self, prompt: str, most: int, stop: Sequence[str] = ()) -> Iterator[tuple[str, str | None]]:
-        """Pieces of the answer, each with the reason why it is the last one, or None."""
+    def generate(
+        self, prompt: str, most: int, stop: Sequence[str], gone: Callable[[], bool]
+    ) -> Iterator[tuple[str, str | None]]:
+        """Pieces of the answer, each with the reason why it is the last one, or None; none for a client that is gone."""
         if self.dead.is_set():
             raise Dead
         with self.lock:
@@ -505,7 +508,7 @@ class Engine:
         try:
             if BEHAVIOUR == "exit-zero":
                 self.die()
-            for piece, reason_now in self._pieces(prompt, most, stop):
+            for piece, reason_now in self._pieces(prompt, most, stop, gone):
                 with self.lock:
                     self.count["generation"] += 1
                 reason = reason_now or reason
@@ -516,12 +519,14 @@ class Engine:
                 self.count[reason] += 1
                 self.seconds.append(time.monotonic() - start)
 
-    def _pieces(self, prompt: str, most: int, stop: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    def _pieces(
+        self, prompt: str, most: int, stop: Sequence[str], gone: Callable[[], bool]
+    ) -> Iterator[tuple[str, str | None]]:
         seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big")
         said = ""
         for index in range(most):
-            self._wait()
-            if self.aborted.is_set():
+            self._wait(gone)
+            if self.aborted.is_set() or gone():
                 yield "", "abort"
                 return
             word = WORDS[(seed + index * index) % len(WORDS)]
@@ -532,10 +537,10 @@ class Engine:
             if found:
                 return
 
-    def _wait(self) -> None:
+    def _wait(self, gone: Callable[[], bool]) -> None:
         """As long as one token takes, or as long as nothing moves."""
         time.sleep(TOKEN)
-        while not self.aborted.is_set() and not self.dead.is_set() and (self.paused.is_set() or self.hung()):
+        while (self.paused.is_set() or self.hung()) and not (self.aborted.is_set() or self.dead.is_set() or gone()):
             time.sleep(0.1)
         if self.dead.is_set():
             raise Dead
@@ -797,7 +802,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.engine.stopping.is_set():
             raise Refused(500, "InternalServerError", "cannot schedule new futures after shutdown")
         stop = body.get("stop") or []
-        pieces = self.server.engine.generate(prompt, most, [stop] if isinstance(stop, str) else stop)
+        pieces = self.server.engine.generate(prompt, most, [stop] if isinstance(stop, str) else stop, self.gone)
         head = {"id": f"{prefix}-{uuid.uuid4().hex[:16]}", "created": int(time.time()), "model": model}
         if body.get("stream"):
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
@@ -844,6 +849,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def chunk(self, text: str) -> None:
         data = text.encode()
         self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def gone(self) -> bool:
+        """Whether the client has hung up."""
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
 
     def usage(self, prompt: str, number: int) -> dict[str, int]:
         return {"prompt_tokens": tokens(prompt), "total_tokens": tokens(prompt) + number, "completion_tokens": number}
