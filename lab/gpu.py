@@ -10,20 +10,6 @@ from lab.settings import CHECKOUT
 STUBS = CHECKOUT / "lab/nvidia"
 PROGRAM = "/usr/local/sbin/nemo-lab-gpu"
 UNIT = "nemo-lab-gpu"
-UNIT_TEXT = f"""[Unit]
-Description=The simulated card: what a boot does
-DefaultDependencies=no
-After=local-fs.target systemd-tmpfiles-setup.service
-Before=basic.target nvidia-persistenced.service docker.service
-
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart={PROGRAM} boot
-
-[Install]
-WantedBy=basic.target
-"""
 
 
 def payload_files() -> list[tuple[str, bytes, int]]:
@@ -32,5 +18,5 @@ def payload_files() -> list[tuple[str, bytes, int]]:
         (PROGRAM, (STUBS / "nemo_lab_gpu.py").read_bytes(), 0o755),
         # ahead of the system's in every PATH: systemd's, sshd's, sudo's
         ("/usr/local/bin/journalctl", (STUBS / "journalctl").read_bytes(), 0o755),
-        (f"/etc/systemd/system/{UNIT}.service", UNIT_TEXT.encode(), 0o644),
+        (f"/etc/systemd/system/{UNIT}.service", (STUBS / f"{UNIT}.service").read_bytes(), 0o644),
     ]

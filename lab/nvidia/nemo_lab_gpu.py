@@ -117,7 +117,8 @@ def bus(present: bool) -> None:
 
 def loads() -> None:
     """udev loads a driver that is installed for a card that is there."""
-    if run("modinfo", "--field=version", "nvidia") == 0:
+    found = subprocess.run(["modinfo", "--field=version", "nvidia"], check=False, capture_output=True)
+    if found.returncode == 0:
         run("modprobe", "nvidia")
 
 

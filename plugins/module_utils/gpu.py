@@ -199,7 +199,7 @@ def _packages(root: str, run: Runner) -> tuple[list[dict[str, Any]], list[dict[s
     """Installed packages of the driver and of kernels, and whether each is held at its version."""
     shown = "${db:Status-Want} ${db:Status-Status} ${Package} ${Version}\n"
     code, out, _err = run(["dpkg-query", "--show", "--showformat", shown, *PACKAGES, *KERNELS])
-    found = []
+    found: list[dict[str, Any]] = []
     if code != 127:
         for row in (line.split() for line in out.splitlines()):
             if len(row) == 4 and row[1] not in ("not-installed", "config-files"):
@@ -210,7 +210,7 @@ def _packages(root: str, run: Runner) -> tuple[list[dict[str, Any]], list[dict[s
         locks = _read(root, "etc/dnf/plugins/versionlock.list").splitlines()
         for row in (line.split() for line in sorted(set(out.splitlines()))):
             if len(row) == 2:
-                found.append({"name": row[0], "version": row[1], "held": any(_locks(lock, row[0]) for lock in locks)})
+                found.append({"name": row[0], "version": row[1], "held": any(_locks(lock, *row) for lock in locks)})
     of_driver = [package for package in found if _of_the_driver(package["name"])]
     kernels = [
         package for package in found if package["name"].startswith(("linux-", "kernel")) and package not in of_driver
@@ -218,9 +218,9 @@ def _packages(root: str, run: Runner) -> tuple[list[dict[str, Any]], list[dict[s
     return of_driver, kernels
 
 
-def _locks(lock: str, name: str) -> bool:
-    """Whether a line of versionlock.list (NAME-[EPOCH:]VERSION-RELEASE.*) holds a package; a name alone holds nothing."""
-    return re.match(rf"{re.escape(name)}-(?:\d+:)?\d", lock.strip()) is not None
+def _locks(lock: str, name: str, version: str) -> bool:
+    """Whether a line of versionlock.list (NAME-[EPOCH:]VERSION-RELEASE.*) holds a package at this version."""
+    return re.match(rf"{re.escape(name)}-(?:\d+:)?{re.escape(version)}(?:[.]|$)", lock.strip()) is not None
 
 
 def _of_the_driver(name: str) -> bool:

@@ -92,6 +92,13 @@ class Driver:
             self.refused.append(f"{' '.join(argv)}: {' '.join((err or out).split()) or f'status {code}'}")
         return code == 0
 
+    def _insert(self) -> bool:
+        """The module, and the one by which CUDA reaches it, whose device a CDI specification names if it is there."""
+        inserted = self._try("modprobe", gpu.MODULE)
+        if inserted:
+            self.run(["modprobe", "nvidia_uvm"])
+        return inserted
+
     def _did(self, text: str) -> None:
         self.done.append(text)
         if not self.check:
@@ -104,7 +111,7 @@ class Driver:
             return
         if driver["nouveau"] and not self.check and not self._try("modprobe", "--remove", "nouveau"):
             return
-        if self.check or self._try("modprobe", gpu.MODULE):
+        if self.check or self._insert():
             self._did(f"loaded nvidia {driver['installed']}")
 
     def reload(self) -> None:
@@ -126,7 +133,7 @@ class Driver:
         # One that is not loaded is no error to modprobe, one that is not there is: only the last one counts.
         for module in MODULES[:-1]:
             self.run(["modprobe", "--remove", module])
-        if self._try("modprobe", "--remove", gpu.MODULE) and self._try("modprobe", gpu.MODULE):
+        if self._try("modprobe", "--remove", gpu.MODULE) and self._insert():
             self._did(f"reloaded nvidia: {driver['installed']} in place of {driver['loaded']}")
         if daemon:
             self._try("systemctl", "start", DAEMON)

@@ -16,7 +16,10 @@ description:
     boot.
   - What is wrong stands in the result, worst first; the task does not fail, without a card or a driver neither. Each program is
     given 30 seconds, as C(nvidia-smi) hangs on some broken cards.
-options: {}
+options:
+  marker:
+    description: A file whose presence is told in RV(marked), so that a role can see in the same look whether it was here before.
+    type: path
 attributes:
   check_mode:
     description: Nothing is changed in any mode.
@@ -41,6 +44,10 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+marked:
+  description: Whether O(marker) is there.
+  returned: success
+  type: bool
 gpu:
   description: All that was found.
   returned: success
@@ -105,6 +112,16 @@ gpu:
         nouveau:
           description: Whether nouveau is loaded.
           type: bool
+        headers:
+          description: Whether modules can be built for the running kernel.
+          type: bool
+        headers_for_next:
+          description: Whether modules can be built for the kernel of the next boot.
+          type: bool
+        kernel_packages:
+          description: Installed packages of kernels, each with C(name), C(version) and C(held).
+          type: list
+          elements: dict
         held:
           description: Whether every installed package of the driver is held at its version.
           type: bool
@@ -136,6 +153,8 @@ gpu:
       type: dict
 """
 
+import os
+
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.nemo.platform.plugins.module_utils import gpu
@@ -143,8 +162,9 @@ from ansible_collections.nemo.platform.plugins.module_utils import gpu
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(argument_spec={}, supports_check_mode=True)
-    module.exit_json(changed=False, gpu=gpu.look())
+    module = AnsibleModule(argument_spec={"marker": {"type": "path"}}, supports_check_mode=True)
+    marker = module.params["marker"]
+    module.exit_json(changed=False, marked=bool(marker) and os.path.exists(marker), gpu=gpu.look())
 
 
 if __name__ == "__main__":

@@ -276,6 +276,7 @@ def test_a_journal_that_cannot_search(host: Host) -> None:
     [
         ("# a comment\nnvidia-driver-3:580.95.05-1.amzn2023.*\nkmod-nvidia-open-dkms-3:580.95.05-1.amzn2023.*\n", True),
         ("nvidia-driver-3:580.95.05-1.amzn2023.*\n", False),
+        ("nvidia-driver-3:580.82.07-1.amzn2023.*\nkmod-nvidia-open-dkms-3:580.95.05-1.amzn2023.*\n", False),
         ("nvidia*\nkmod-nvidia-open-dkms*\n", False),  # without a version, a lock fits every version
         ("", False),
     ],
