@@ -11,13 +11,15 @@ short_description: What services of a host wrote to their logs
 version_added: "0.1.0"
 author: The nemo platform project (@nemo-platform)
 description:
-  - Reads the logs of containers (C(docker logs)) or of one systemd unit (C(journalctl)), since a time or a cursor.
+  - Reads the logs of services or containers (C(docker logs)) or of one systemd unit (C(journalctl)), since a time or a cursor.
   - With O(follow), an action plugin of the same name asks again and again, merges the lines of all hosts of the play by time,
     and prints them while it runs. Each turn is one remote execution on each host.
   - Control characters and escape sequences are taken out of every line.
 options:
   containers:
-    description: Names of containers. One of this and O(unit) is needed.
+    description:
+      - Names of services of M(nemo.platform.container_release), or of containers. One of this and O(unit) is needed.
+      - The log of a service is that of all releases of it which are on the host, so that it does not begin anew with a release.
     type: list
     elements: str
     default: []
@@ -166,16 +168,22 @@ def limited(lines: Iterable[Line], limit: int, pattern: str) -> list[Line]:
     return list(collections.deque((line for line in lines if found(line.text)), maxlen=limit or None))
 
 
+def members(name: str, run: Output = output) -> list[str]:
+    """The containers of a service; where it has none, the container of that name is meant."""
+    argv = ["docker", "ps", "--all", "--filter", f"label=nemo.service={name}", "--format", "{{.Names}}"]
+    return sorted(line.strip() for line in run(argv) if line.strip()) or [name]
+
+
 def read_container(
-    name: str, params: dict[str, Any], cursor: dict[str, Any] | None, now: float, run: Output = output
+    name: str, source: str, params: dict[str, Any], cursor: dict[str, Any] | None, now: float, run: Output = output
 ) -> tuple[list[Line], dict[str, Any]]:
-    """What a container wrote."""
+    """What a container wrote, in the name of its service."""
     known = Cursor(int(cursor["moment"]), int(cursor["count"])) if cursor else None
     start = known.moment if known else int(service_logs.parse_since(params["since"], now) * 1_000_000_000)
     argv = ["docker", "logs", "--timestamps", "--since", "%d.%09d" % divmod(start, 1_000_000_000)]
     if not known and params["lines"] and not params["grep"]:
         argv += ["--tail", str(params["lines"])]
-    parsed = (service_logs.docker_line(raw, name) for raw in run([*argv, name]))
+    parsed = (service_logs.docker_line(raw, source) for raw in run([*argv, name]))
     lines, after = service_logs.fresh([line for line in parsed if line], known)
     after = after or Cursor(start, 0)
     # The cursor is that of all lines: those that do not match were read, too.
@@ -212,14 +220,22 @@ def read(params: dict[str, Any], now: float, run: Output = output) -> dict[str, 
     lines: list[Line] = []
     cursors: dict[str, Any] = {}
     problems, absent = [], False
-    for name in params["containers"]:
+    for service in params["containers"]:
         try:
-            found, cursors[name] = read_container(name, params, params["cursors"].get(name), now, run)
-            lines += found
+            names = members(service, run)
         except LogError as error:
-            problems.append(f"{name}: {error}")
-            if name in params["cursors"]:
-                cursors[name] = params["cursors"][name]
+            problems.append(f"{service}: {error}")
+            continue
+        for name in names:
+            try:
+                found, cursors[name] = read_container(name, service, params, params["cursors"].get(name), now, run)
+                lines += found
+            except LogError as error:
+                if name != service and "no such container" in str(error).lower():
+                    continue  # a release that has just gone
+                problems.append(f"{service}: {error}")
+                if name in params["cursors"]:
+                    cursors[name] = params["cursors"][name]
     if params["unit"]:
         name = params["unit"]
         try:

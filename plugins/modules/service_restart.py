@@ -11,9 +11,9 @@ short_description: Restart a service of a host and wait until it is healthy
 version_added: "0.1.0"
 author: The nemo platform project (@nemo-platform)
 description:
-  - Restarts the container of a service that M(nemo.platform.container_release) runs, and asks for its health path as that does,
-    for as long as the release may take to become healthy. Or restarts a systemd unit, waits until it is active, and then
-    until every such container that ran before is healthy again.
+  - Restarts the container of the release that answers for a service of M(nemo.platform.container_release), and asks the service's
+    public port for its health as that does, for as long as the release may take to become healthy. Or restarts a systemd unit,
+    waits until it is active, and then until every such service that answered before is healthy again.
   - A release at work on the same service is waited for, and none begins during the restart. After an interrupted release
     nothing is restarted, as the next release finishes or undoes it.
   - Fails with the last log lines of what does not become healthy.
@@ -76,7 +76,7 @@ log_tail:
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -89,13 +89,25 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     Lock,
     ReleaseError,
     Store,
+    question_of,
+    request_timeout,
 )
+from ansible_collections.nemo.platform.plugins.module_utils.release_flow import Releaser
 
 UNIT_SECONDS = 90
 ADVICE = {
     "absent": "release it first: playbooks/ai.yml",
     "interrupted": "finish or undo that release first: playbooks/ai.yml",
 }
+
+
+class Service(NamedTuple):
+    """A service whose release answers on this host."""
+
+    name: str
+    record: release.Record
+    public: dict[str, Any]
+    box: Container
 
 
 class Restarter:
@@ -116,55 +128,57 @@ class Restarter:
 
     # containers
 
-    def find(self, name: str) -> Container:
-        """The container of a service, fit to be restarted."""
-        live = self.docker.containers([name]).get(name)
-        if live is None:
-            raise ReleaseError("absent", f"this host has no container {name}")
-        if live.record is None:
-            raise ReleaseError("absent", f"the container {name} is no release of this platform")
+    def find(self, name: str) -> Service:
+        """A service, fit to be restarted."""
         store = Store(name, self.params["state_path"], self.params["run_path"])
+        state = store.read("state.json") or {}
+        record = next((entry for entry in state.get("releases") or [] if entry["release"] == state.get("current")), None)
+        if not record:
+            raise ReleaseError("absent", f"this host has no release of {name}")
         if store.read("transition.json"):
             raise ReleaseError("interrupted", f"a release of {name} was interrupted")
-        return live
+        box = self.look(f"{name}.{record['release']}")
+        return Service(name, record, state["proxy"], box)
 
-    def wait(self, name: str, record: release.Record, restarts: int) -> str:
-        """Until the container is healthy; the URL that said so."""
-        settings, health = record["settings"], record["health"]
-        address = release.Releaser.address(settings)
-        url = "http://%s:%d%s" % (address, settings["port"], health["path"])
-        limit = self.clock() + health["timeout"]
+    def look(self, container: str) -> Container:
+        box = self.docker.containers([container]).get(container)
+        if box is None:
+            raise ReleaseError("absent", f"the container {container} is gone")
+        return box
+
+    def wait(self, service: Service, restarts: int) -> str:
+        """Until the service is healthy where its users ask; the URL that said so."""
+        health, public = service.record["health"], service.public
+        address = Releaser.local(public["address"])
+        question, limit = question_of(health), self.clock() + health["timeout"]
+        url = "http://%s:%d%s" % (address, public["port"], question.path)
         while True:
-            problem = self.probe(address, settings["port"], health["path"], health["status"], 5.0)
-            live = self.docker.containers([name]).get(name)
-            if live is None:
-                raise ReleaseError("unhealthy", f"the container {name} has disappeared")
-            if not live.running or live.restarts > restarts:
-                self.give_up(name, health, f"{name}: {release.Releaser.death(live, settings)}")
+            problem = self.probe(address, public["port"], question, request_timeout(health))
+            box = self.look(service.box.name)
+            if not box.running or box.restarts > restarts:
+                self.give_up(service, f"{service.name}: {Releaser.death(box, service.record['settings'])}")
             if problem is None:
                 return url
             if self.clock() >= limit:
-                text = f"{url} gave no healthy answer within {health['timeout']} s: {problem}"
-                self.give_up(name, health, text)
+                self.give_up(service, f"{url} gave no healthy answer within {health['timeout']} s: {problem}")
             self.sleep(health["interval"])
 
-    def give_up(self, name: str, health: release.Record, text: str) -> None:
-        raise ReleaseError("unhealthy", text, self.docker.logs(name, health["path"]))
+    def give_up(self, service: Service, text: str) -> None:
+        raise ReleaseError("unhealthy", text, self.docker.logs(service.box.name, service.record["health"]))
 
     def container(self, name: str) -> dict[str, Any]:
         """Restart a container."""
-        live = self.find(name)
-        assert live.record
+        service = self.find(name)
         if self.check_mode:
             return {"changed": True, "msg": f"{name} would be restarted", "seconds": 0.0}
         started = self.clock()
-        if live.paused:
-            self.docker.unpause(name)
-        seconds = str(live.record["settings"]["stop_timeout"])
-        self.docker.call(f"{name} cannot be restarted", "container", "restart", "-t", seconds, name)
+        box = service.box.name
+        if service.box.paused:
+            self.docker.unpause(box)
+        seconds = str(service.record["settings"]["stop_timeout"])
+        self.docker.call(f"{name} cannot be restarted", "container", "restart", "-t", seconds, box)
         # The engine counts restarts anew where it was asked for one.
-        now = self.docker.containers([name]).get(name)
-        url = self.wait(name, live.record, now.restarts if now else 0)
+        url = self.wait(service, self.look(box).restarts)
         took = self.clock() - started
         return {
             "changed": True,
@@ -174,11 +188,17 @@ class Restarter:
 
     # units
 
-    def services(self) -> list[Container]:
-        """Releases that run on this host now; none where there is no engine."""
-        rc, out, _err = self.run(["docker", "ps", "--filter", "label=nemo.record", "--format", "{{.Names}}"])
-        names = [] if rc else out.split()
-        return [live for live in (self.docker.containers(names).values() if names else ()) if live.record]
+    def services(self) -> list[Service]:
+        """Services that answer on this host now; none where there is no engine."""
+        rc, out, _err = self.run(["docker", "ps", "--filter", "label=nemo.service", "--format", "{{.Names}}"])
+        names = {name.partition(".")[0] for name in ([] if rc else out.split())}
+        found = []
+        for name in sorted(names):
+            try:
+                found.append(self.find(name))
+            except ReleaseError:  # interrupted, or nothing of ours: the restart changes nothing about that
+                continue
+        return [service for service in found if service.box.running]
 
     def journal(self, unit: str) -> list[str]:
         rc, out, err = self.run(["journalctl", "--no-pager", "--quiet", "--lines=20", "--output=cat", f"--unit={unit}"])
@@ -195,11 +215,11 @@ class Restarter:
             raise ReleaseError("absent", f"this host has no unit {unit}")
         if self.check_mode:
             return {"changed": True, "msg": f"{unit} would be restarted", "seconds": 0.0}
-        running = [live for live in self.services() if live.running]
-        locks = [Lock(os.path.join(self.params["run_path"], f"{live.name}.lock")) for live in running]
-        for lock, live in zip(locks, running):
+        running = self.services()
+        locks = [Lock(os.path.join(self.params["run_path"], f"{service.name}.lock")) for service in running]
+        for lock, service in zip(locks, running):
             if not lock.acquire(self.params["lock_timeout"]):  # held until this process ends
-                raise ReleaseError("lock", f"another run is at work on {live.name}: {lock.holder()}")
+                raise ReleaseError("lock", f"another run is at work on {service.name}: {lock.holder()}")
         started = self.clock()
         # A unit that was restarted often is refused by systemd for a while, unless its count is reset.
         self.systemctl("reset-failed", unit)
@@ -216,11 +236,9 @@ class Restarter:
                 raise ReleaseError("start", f"{unit} is {state} after its restart", self.journal(unit))
             self.sleep(systemd_units.SETTLE_SECONDS)
         proofs = []
-        for live in running:
-            assert live.record
-            now = self.docker.containers([live.name]).get(live.name)
-            self.wait(live.name, live.record, now.restarts if now else 0)
-            proofs.append(live.name)
+        for service in running:
+            self.wait(service, self.look(service.box.name).restarts)
+            proofs.append(service.name)
         took = self.clock() - started
         also = f", {' and '.join(proofs)} healthy" if proofs else ""
         return {

@@ -20,12 +20,13 @@ class Host:
     """Programs that answer from a list of lines, and what they were asked."""
 
     def __init__(self, **said: list[str] | str) -> None:
-        self.said = {"systemctl": ["LoadState=loaded\n"], **said}
+        self.said = {"systemctl": ["LoadState=loaded\n"], "ps": [], **said}
         self.asked: list[list[str]] = []
 
     def run(self, argv: list[str]) -> Iterator[str]:
-        self.asked.append(argv)
-        said = self.said[argv[0]]
+        if argv[1] != "ps":
+            self.asked.append(argv)
+        said = self.said["ps" if argv[1] == "ps" else argv[0]]
         if isinstance(said, str):
             raise module.LogError(said)
         yield from said
@@ -44,6 +45,24 @@ def test_a_container_from_turn_to_turn() -> None:
     second = module.read(parameters(containers=["ai"], cursors=first["cursors"]), NOW, host.run)
     assert [text for _moment, _source, text in second["lines"]] == ["c"]
     assert host.asked[1] == ["docker", "logs", "--timestamps", "--since", "1795348740.000000002", "ai"]
+
+
+def test_a_service_is_all_its_releases(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(ps=["ai.r1\n", "ai.r2\n", "ai.r3\n"])
+
+    def run(argv: list[str]) -> Iterator[str]:
+        if argv[1] == "ps":
+            assert "label=nemo.service=ai" in argv
+            yield from host.run(argv)
+        elif argv[-1] == "ai.r3":
+            raise module.LogError("Error: No such container: ai.r3")
+        else:
+            yield f"2026-11-22T11:59:0{argv[-1][-1]}Z from {argv[-1]}\n"
+
+    found = module.read(parameters(containers=["ai"]), NOW, run)
+    assert [line[1:] for line in found["lines"]] == [["ai", "from ai.r1"], ["ai", "from ai.r2"]]
+    assert set(found["cursors"]) == {"ai.r1", "ai.r2"}
+    assert found["problems"] == []
 
 
 def test_a_container_that_said_nothing_is_read_from_then_on() -> None:
