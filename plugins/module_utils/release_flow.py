@@ -93,7 +93,7 @@ class Proxy(Protocol):
 class Guard(Protocol):
     """What starts the old release again when a run that has stopped it is killed; release_guard.Guard, or a stand-in."""
 
-    def watch(self, old: str, new: str, seconds: int, proxied: bool) -> None: ...
+    def watch(self, old: str, new: str, seconds: int, port: int) -> None: ...
 
 
 class Phases:
@@ -129,7 +129,7 @@ class Phases:
         return text + self.before(self.name)
 
     def before(self, name: str) -> str:
-        return " (last time: %d s)" % round(self.last[name]) if name in self.last else ""
+        return " (last time: %.1f s)" % self.last[name] if name in self.last else ""
 
     def end(self, now: float) -> None:
         if self.name:
@@ -639,15 +639,16 @@ class Releaser:
     def stop_first(self, journal: Record) -> None:
         """Where two do not fit: what serves stops, after it has answered what it was asked."""
         origin = self.record
-        if origin and journal["proxy"].get("retry_after") and self.proxy.is_set_up():
-            self.journal(journal, held=True)
+        old = self.box_name(origin) if origin else self.name
+        hold = bool(origin and journal["proxy"].get("retry_after") and self.proxy.is_set_up())
+        self.journal(journal, held=hold)
+        if self.guard:
+            port = origin["host_port"] if origin else 0
+            self.guard.watch(old, self.box_name(journal["record"]), self.params["stop_timeout"], port)
+        if origin and hold:
             self.say("no new requests for %s" % label_of(origin))
             self.proxy.hold(origin["slot"])
             self.drain(origin["slot"])
-        self.journal(journal)
-        old = self.box_name(origin) if origin else self.name
-        if self.guard:
-            self.guard.watch(old, self.box_name(journal["record"]), self.params["stop_timeout"], bool(origin))
         if origin:
             self.docker.restart_policy("always", old)  # so that it is back after a reboot, though it was stopped
         self.say("stopping the old release")
@@ -672,13 +673,16 @@ class Releaser:
         name = self.box_name(record)
         tried: set[int] = set()
         box = self.inspect(record)
+        # One that has taken another's place does not come back by itself before it is proven: the other does.
+        restart = "no" if journal and journal["from"] and self.takes_turns(journal) else RESTART
+        if box and restart != RESTART:
+            self.docker.restart_policy(restart, name)
         while True:
             if box is None:
                 record["host_port"] = self.free_port(tried)
                 if journal:
                     self.journal(journal)
-                # One that has taken another's place does not come back by itself before it is proven: the other does.
-                self.create(record, image, new, "no" if journal and self.takes_turns(journal) else RESTART)
+                self.create(record, image, new, restart)
             try:
                 self.docker.start(name)
                 return
@@ -745,8 +749,8 @@ class Releaser:
             self.proxy.switch(public, slot, ports, standby)
         else:
             self.proxy.ensure(public, slot, ports)
-        if self.takes_turns(journal):
-            self.docker.restart_policy(RESTART, *[self.box_name(entry) for entry in (record, origin) if entry])
+        if origin and self.takes_turns(journal):
+            self.docker.restart_policy(RESTART, self.box_name(record), self.box_name(origin))
         problem = self.problem_of(self.local(public["address"]), public["port"], record)
         if problem:
             raise ReleaseError("proxy", "it does not answer through port %d: %s" % (public["port"], problem))
@@ -936,7 +940,8 @@ class Releaser:
                 self.stop_failed(journal)
             self.attempt(strict, self.bring_up, origin)
             if self.takes_turns(journal):
-                self.docker.restart_policy(RESTART, self.box_name(origin))
+                kept = [origin] + ([record] if self.find(record["release"]) else [])
+                self.docker.restart_policy(RESTART, *[self.box_name(entry) for entry in kept])
             if (led or journal.get("held")) and self.proxy.is_set_up():
                 self.proxy.switch(journal["proxy"], origin["slot"], self.ports)
             said = "The release before it, %s, %s" % (
@@ -1076,7 +1081,7 @@ class Releaser:
             if problem:
                 raise ReleaseError("unhealthy", "the smoke request %s failed: %s" % (request.text, problem))
         took = round((good or self.clock()) - phases.began, 1)
-        self.say("healthy after %d s%s" % (took, phases.before(HEALTHY)))
+        self.say("healthy after %.1f s%s" % (took, phases.before(HEALTHY)))
         if fresh:
             record["durations"] = dict(phases.durations, **{HEALTHY: took})
 

@@ -698,7 +698,8 @@ def main() -> None:
         progress.say(text)
 
     transition = os.path.join(store.base, "transition.json")
-    guard = Guard(name, guarded, lock.path, transition) if module.get_bin_path("systemd-run") else None
+    watched = Guard(name, guarded, lock.path, transition, proxy.configuration)
+    guard = watched if module.get_bin_path("systemd-run") else None
     releaser = Releaser(params, docker, store, proxy, by, guard=guard, check_mode=module.check_mode, say=say)
     error: ReleaseError | None = None
     try:

@@ -3,7 +3,7 @@
 It runs in the test's process (``FakeDocker(path).run(argv)``) and as a ``docker`` command (``python fake_docker.py``
 with the path in FAKE_DOCKER). An image's behaviour decides what a container of it does: ``healthy``, ``unhealthy``,
 ``crash`` (ends at once), ``loop`` (restarts for ever), ``slow:N`` (healthy from the Nth question on), ``fades:N`` (until then),
-``nostart``.
+``nostart``. With ``single`` a container that is started beside a running one ends at once, as where there is one GPU.
 """
 
 from __future__ import annotations
@@ -96,6 +96,14 @@ class FakeDocker:
             or (behaviour == "slow" and entry["asked"] >= int(number))
             or (behaviour == "fades" and entry["asked"] < int(number))
         )
+
+    def restart(self) -> None:
+        """The host starts again: each container by its restart policy."""
+        state = self.load()
+        for entry in state["containers"].values():
+            ran, policy = entry["status"] == "running", entry.get("policy", "unless-stopped")
+            entry["status"] = "running" if policy == "always" or (ran and policy == "unless-stopped") else "exited"
+        self.save(state)
 
     # the engine
 
@@ -255,6 +263,9 @@ class FakeDocker:
             return 1, "", "Bind for 0.0.0.0:8000 failed: port is already allocated"
         if entry["behaviour"] == "nostart":
             return 1, "", "exec /app: exec format error"
+        if state.get("single") and any(c["status"] == "running" for c in state["containers"].values()):
+            entry["status"], entry["exit"] = "exited", 1
+            return 0, words[0], ""
         entry["status"], entry["asked"] = "running", 0
         if entry["behaviour"] == "crash":
             entry["status"], entry["exit"] = "exited", 3

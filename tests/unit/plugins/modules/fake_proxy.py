@@ -15,6 +15,7 @@ from tests.unit.plugins.modules.fake_docker import FakeDocker
 class FakeProxy:
     def __init__(self, path: Path, engine: FakeDocker, after: Callable[[str], None] = lambda what: None) -> None:
         self.path = path
+        self.configuration = str(path)
         self.engine = engine
         self.after = after
         self.calls: list[str] = []

@@ -22,6 +22,17 @@ TAGS = {1: "prod-20260101-0001", 2: "prod-20260101-0002", 3: "prod-20260101-0003
 PORT = 8000
 
 
+class FakeGuard:
+    """What is left of release_guard.Guard when the run is gone: its orders, on disk."""
+
+    def __init__(self, path: Path, after: Callable[[str], None]) -> None:
+        self.path, self.after = path, after
+
+    def watch(self, old: str, new: str, seconds: int, port: int) -> None:
+        self.path.write_text(json.dumps({"old": old, "new": new, "port": port}))
+        self.after("guard")
+
+
 class World:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,6 +88,7 @@ class World:
             logic.Store(params["name"], params["state_path"], params["run_path"], after=happened),
             self.proxy,
             params["operator"] or "tester",
+            guard=FakeGuard(self.path / "guard.json", happened),
             check_mode=check_mode,
             probe=self.probe,
             find_listener=lambda _address, port: self.listening or self.engine.listener(port),
@@ -102,6 +114,21 @@ class World:
         with pytest.raises(logic.ReleaseError) as caught:
             self.act(releaser)
         return caught.value, releaser
+
+    def guard_acts(self) -> None:
+        """The run is over, however it ended, and with it its lock."""
+        transition, orders = self.path / "lib/ai-prod/transition.json", self.path / "guard.json"
+        if not orders.exists() or not transition.exists():
+            return
+        order = json.loads(orders.read_text())
+        file = self.proxy.load()["file"]
+        if order["new"].rpartition(".")[2] not in transition.read_text():
+            return
+        if not order["port"] or file["ports"][file["active"]] == order["port"]:
+            if order["new"] in self.engine.containers():
+                self.engine.run(["docker", "container", "stop", order["new"]])
+            self.engine.run(["docker", "container", "start", order["old"]])
+        self.proxy.kill()
 
     # what is there
 

@@ -487,6 +487,209 @@ def test_stop_start_puts_the_old_release_back(world: World) -> None:
     world.expect_settled(ONE)
 
 
+def test_taking_turns_only_one_of_two_ever_runs(world: World) -> None:
+    world.release(1)
+    world.engine.set(single=True)  # as where both want the same GPU
+    error, _done = world.failing(3, strategy="stop-start")
+    assert "serves again" in error.text
+    world.expect_settled(ONE)
+    world.release(2, strategy="stop-start")
+    world.expect_settled(TWO)
+    world.rollback(strategy="stop-start")
+    world.expect_settled(ONE)
+
+
+def test_one_that_fails_with_traffic_on_it_makes_room_for_the_old_one(world: World) -> None:
+    world.release(1, proxy_retry_after=10)
+    world.engine.set(single=True)
+    world.engine.push(TAGS[4], image(4, "fades:6"))
+    error, _done = world.failing(4, strategy="stop-start", bake_time=20, proxy_retry_after=10)
+    assert error.reason == "bake"
+    world.expect_settled(ONE)
+    assert world.proxy.calls.count("hold") == 2  # first for the old one, then for the one that failed
+
+
+def test_requests_of_the_old_release_are_answered_before_it_makes_room(world: World) -> None:
+    world.release(1, proxy_retry_after=10)
+    world.proxy.set(counters={"a": [3, 100, 0]})
+    seen: list[str] = []
+
+    def answered(_slot: str) -> None:
+        seen.append(str(world.box()["status"]))
+        if len(seen) == 4:
+            world.proxy.set(counters={"a": [0, 100, 0]})
+
+    world.proxy.on_counters = answered
+    world.release(2, strategy="stop-start", proxy_retry_after=10)
+    assert seen[:4] == ["running"] * 4
+    assert [call for call in world.proxy.calls if call != "ensure"][-3:] == ["hold", "switch", "switch"]
+    world.expect_settled(TWO)
+
+
+def test_without_retry_after_haproxy_holds_what_comes_meanwhile(world: World) -> None:
+    world.release(1)
+    world.release(2, strategy="stop-start")
+    assert "hold" not in world.proxy.calls
+
+
+@pytest.mark.parametrize("strategy", ["beside", "stop-start"])
+@pytest.mark.parametrize(
+    ("values", "reason", "text"),
+    [
+        (
+            {"mounts": [{"source": "/no/such/models", "target": "/models", "read_only": True}]},
+            "mount",
+            "/no/such/models, which the container sees as /models, is not on this host",
+        ),
+        ({"runtime": "kata"}, "runtime", "the Docker Engine has no runtime kata; allowed: nvidia, runc"),
+    ],
+)
+def test_what_the_host_lacks_is_found_before_anything_stops(
+    world: World, strategy: str, values: dict[str, Any], reason: str, text: str
+) -> None:
+    world.release(1)
+    error, done = world.failing(2, strategy=strategy, **values)
+    assert (error.reason, error.text) == (reason, text)
+    assert not done.changed
+    assert not [words for words in world.engine.calls if words[:2] == ["container", "stop"]]
+    world.expect_settled(ONE)
+
+
+def test_a_mount_that_is_gone_keeps_a_rollback_from_beginning(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    mounts = [{"source": str(folder), "target": "/models", "read_only": True}]
+    world.release(1, mounts=mounts)
+    world.release(2)
+    folder.rmdir()
+    releaser = world.releaser(world.params(None, state="rolled_back", image=None, port=None))
+    with pytest.raises(logic.ReleaseError) as caught:
+        world.act(releaser)
+    assert caught.value.reason == "mount"
+    world.expect_settled(TWO)
+    folder.mkdir()
+    world.rollback()
+    assert f"type=bind,source={folder},target=/models,readonly" in world.box()["argv"]
+
+
+SHAPE: dict[str, Any] = {
+    "command": ["--model", "/models/x", "--flag=a b"],
+    "runtime": "nvidia",
+    "shm_size": "1g",
+    "pids_limit": 0,
+    "health_method": "POST",
+    "health_body": '{"prompt": "x"}',
+    "health_headers": {"Content-Type": "application/json"},
+    "health_request_timeout": 30.0,
+}
+
+
+def test_what_shapes_the_container_comes_back_with_it(world: World) -> None:
+    mounts = [{"source": str(world.path), "target": "/models", "read_only": False}]
+    world.release(1, mounts=mounts, **SHAPE)
+    argv = world.box()["argv"]
+    assert argv[-3:] == SHAPE["command"]
+    assert argv[-4] == "registry/ai@" + image(1)["digest"]
+    for words in (["--runtime", "nvidia"], ["--shm-size", str(1 << 30)]):
+        assert argv[argv.index(words[0]) + 1] == words[1]
+    assert f"type=bind,source={world.path},target=/models" in argv
+    assert "--pids-limit" not in argv
+    before = world.record()
+    world.release(2)
+    assert "--runtime" not in world.box()["argv"]
+    world.engine.run(["docker", "container", "rm", f"ai-prod.{before['release']}"])
+    world.rollback()
+    assert world.box()["argv"][-3:] == SHAPE["command"]
+    health = world.record()["health"]
+    assert (health["method"], health["body"], health["request_timeout"]) == ("POST", '{"prompt": "x"}', 30.0)
+
+
+def test_a_release_of_before_these_inputs_is_the_same_release() -> None:
+    params = {key: spec.get("default") for key, spec in module.ARGUMENTS.items()}
+    params.update(image="registry/ai", tag="t", port=8000)
+    settings = logic.settings_of(params, None, "")
+    assert not {"command", "mounts", "runtime", "shm_size"} & set(settings)
+    assert not {"method", "headers", "body", "request_timeout"} & set(logic.health_of(params))
+
+
+def test_health_is_asked_for_as_it_was_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[logic.Question, float]] = []
+    real = world.probe
+
+    def probe(address: str, port: int, question: logic.Question, timeout: float) -> str | None:
+        asked.append((question, timeout))
+        return real(address, port, question, timeout)
+
+    monkeypatch.setattr(world, "probe", probe)
+    world.release(1, health_timeout=60, **SHAPE)
+    assert {question.method for question, _timeout in asked} == {"POST"}
+    assert {question.body for question, _timeout in asked} == {SHAPE["health_body"]}
+    assert {timeout for _question, timeout in asked} == {30.0}
+
+
+PHASES = [
+    {"name": "loading weights", "pattern": "Starting to load"},
+    {"name": "compiling", "pattern": r"^torch\.compile"},
+]
+
+
+def said(done: release_flow.Releaser, word: str) -> list[str]:
+    return [step.partition(": ")[2] for step in done.steps if word in step]
+
+
+def test_the_phase_that_a_release_is_in_is_said_and_how_long_it_took_last_time(world: World) -> None:
+    world.engine.push("slow", image(5, "slow:60"))
+    world.engine.set(log="Starting to load the model")
+
+    def at(seconds: float) -> None:
+        world.now += seconds
+        if world.now > 20:
+            world.engine.set(log="Starting to load the model\ntorch.compile takes a while")
+
+    world.sleep = at  # type: ignore[method-assign]
+    first = world.releaser(
+        {**world.params(None, tag="slow", phases=PHASES, health_timeout=60), "digest": image(5)["digest"]}
+    )
+    world.act(first)
+    assert said(first, "loading") == ["loading weights", "loading weights since 10 s", "loading weights since 20 s"]
+    assert said(first, "compiling")[0] == "compiling"
+    durations = world.record()["durations"]
+    assert durations["loading weights"] == pytest.approx(20, abs=2.5)
+    assert set(durations) == {"loading weights", "compiling", "healthy"}
+    world.engine.set(log="Starting to load the model")
+    world.now = 0
+    second = world.releaser(
+        {**world.params(None, tag="slow", phases=PHASES, health_timeout=60, memory="512m"), "digest": image(5)["digest"]}
+    )
+    world.act(second)
+    assert said(second, "loading")[0] == f"loading weights (last time: {durations['loading weights']} s)"
+    assert said(second, "healthy after")[0].endswith(f"(last time: {durations['healthy']} s)")
+
+
+def test_what_has_not_ended_in_time_is_named(world: World) -> None:
+    world.release(1)
+    world.engine.set(log="Starting to load the model")
+    error, _done = world.failing(3, phases=PHASES)
+    assert "; it was in the phase: loading weights since" in error.text
+
+
+def test_the_reason_of_a_failure_is_found_in_the_log(world: World) -> None:
+    world.release(1)
+    world.engine.push("bad", image(6, "crash"))
+    world.engine.set(log="\x1b[31mtorch.OutOfMemoryError: tried to allocate 2.50 GiB\x1b[0m\nRuntimeError: see above")
+    patterns = [
+        {"pattern": "no such thing", "text": "never"},
+        {"pattern": r"OutOfMemoryError: tried to allocate (?P<size>[\d.]+ \w+)", "text": r"GPU memory is short of \g<size>"},
+        {"pattern": "RuntimeError", "text": "too late"},
+    ]
+    error, done = world.failing(None, tag="bad", failure_patterns=patterns)
+    assert error.cause == "GPU memory is short of 2.50 GiB (torch.OutOfMemoryError: tried to allocate 2.50 GiB)"
+    assert error.text.startswith(f"it ended with status 3: found in its log: {error.cause}. The release before it")
+    assert done.action == "removed"
+    assert error.cause in world.state()["history"][0]["text"]
+    assert world.now <= 1, "it was decided when it ended, not when its time was over"
+
+
 def test_a_full_disk_is_refused_before_the_pull_and_old_images_go_first(world: World) -> None:
     world.release(1)
     state = world.engine.load()
@@ -851,11 +1054,12 @@ def test_check_mode_sees_an_interrupted_release(world: World) -> None:
 # -- a kill at every step
 
 ROLLBACK = -1
+AT_ONCE = {"proxy_retry_after": 10}  # whoever comes while releases take turns is told so
 
 
-def before_a_rollback(world: World) -> None:
-    world.release(2)
-    world.release(1)
+def before_a_rollback(world: World, **values: Any) -> None:
+    world.release(2, **values)
+    world.release(1, **values)
 
 
 SCENARIOS: dict[str, tuple[Callable[[World], object], int, str]] = {
@@ -869,13 +1073,14 @@ SCENARIOS: dict[str, tuple[Callable[[World], object], int, str]] = {
     "moving failing": (lambda world: world.old_container(1), 3, "beside"),
     "stopping first": (lambda world: world.release(1), 2, "stop-start"),
     "stopping first failing": (lambda world: world.release(1), 3, "stop-start"),
+    "taking turns back": (lambda world: before_a_rollback(world, **AT_ONCE), ROLLBACK, "stop-start"),
 }
 
 
 def params_of(world: World, number: int, strategy: str) -> dict[str, Any]:
     if number == ROLLBACK:
         return world.params(None, state="rolled_back", strategy=strategy)
-    return world.params(number, strategy=strategy)
+    return world.params(number, strategy=strategy, **(AT_ONCE if strategy == "stop-start" else {}))
 
 
 def counted(world: World, number: int, strategy: str, event: Callable[[str], None] = lambda what: None) -> list[str]:
@@ -952,8 +1157,12 @@ def test_after_a_kill_at_any_step_the_next_run_ends_well(tmp_path: Path, scenari
     world = prepare(tmp_path, scenario)
     _start, number, strategy = SCENARIOS[scenario]
     before = world.answering()
+    if strategy == "stop-start":
+        world.engine.set(single=True)
     with_kill(world, number, at, strategy)
-    if strategy == "beside" and before:
+    if strategy == "stop-start":
+        world.guard_acts()
+    if before:
         assert world.answering(), "the kill alone took the service down"
     if then == "again" and number == ROLLBACK:
         with contextlib.suppress(logic.ReleaseError):  # it had been rolled back already
@@ -963,7 +1172,8 @@ def test_after_a_kill_at_any_step_the_next_run_ends_well(tmp_path: Path, scenari
         return
     following = {"again": number, "back": 2 if number == ROLLBACK else 1, "other": 4}[then]
     try:
-        world.release(following, strategy=strategy, force=True)
+        values: dict[str, Any] = AT_ONCE if strategy == "stop-start" else {}
+        world.release(following, strategy=strategy, force=True, **values)
     except logic.ReleaseError:
         assert following == 3
         assert world.answering() == before
@@ -975,7 +1185,29 @@ def test_after_a_kill_at_any_step_the_next_run_ends_well(tmp_path: Path, scenari
         return
     assert following != 3
     world.expect_settled(TAGS[following])
-    assert not world.release(following, strategy=strategy).changed
+    assert not world.release(following, strategy=strategy, **values).changed
+    assert {entry["policy"] for entry in world.engine.containers().values()} == {"unless-stopped"}
+
+
+@pytest.mark.parametrize("scenario", [name for name, (_s, _n, strategy) in SCENARIOS.items() if strategy != "beside"])
+def test_a_reboot_in_the_middle_of_taking_turns_brings_back_what_answers(tmp_path: Path, scenario: str) -> None:
+    _start, number, strategy = SCENARIOS[scenario]
+    down: list[str] = []
+    for at in [at for name, at in points() if name == scenario]:
+        path = tmp_path / str(at)
+        path.mkdir()
+        world = prepare(path, scenario)
+        before = world.answering()
+        world.engine.set(single=True)
+        what = with_kill(world, number, at, strategy)
+        world.engine.restart()
+        world.proxy.kill()
+        if before and not world.answering():
+            down.append(what)
+        world.release(4, strategy=strategy)
+        world.expect_settled(FOUR)
+    # HAProxy's file and the restart policies cannot change in one step.
+    assert set(down) <= {"proxy file", "proxy led"}, down
 
 
 @pytest.mark.parametrize("scenario", [name for name, (_s, _n, strategy) in SCENARIOS.items() if strategy == "beside"])
