@@ -147,15 +147,18 @@ def image_findings(environment: Mapping[str, Any], gpu: Mapping[str, Any]) -> li
             version(has)[0],
         )
     )
-    if require:
-        holds = requirement_holds(require, has, driver)
-        if holds is False:
-            return [error("image", advice)]
-        if holds is None and major > version(has)[0]:
-            return [warning("image", advice + ". Some cards may run it all the same")]
+    holds = requirement_holds(require, has, driver) if require else True
+    if holds is False:
+        return [error("image", advice)]
+    # Within a major version an older driver runs a newer CUDA. Across them the image's own libraries may make up for it, on cards of
+    # some brands, and only where somebody has asked for that.
+    if major <= version(has)[0]:
         return []
-    # Within a major version an older driver runs a newer CUDA.
-    return [error("image", advice)] if major > version(has)[0] else []
+    if str(environment.get("VLLM_ENABLE_CUDA_COMPATIBILITY") or "").lower() in ("1", "true", "auto"):
+        return [
+            warning("image", advice + ". Whether VLLM_ENABLE_CUDA_COMPATIBILITY makes up for it shows at its start")
+        ]
+    return [error("image", advice)]
 
 
 # -- the cards --------------------------------------------------------------------------------------------------------

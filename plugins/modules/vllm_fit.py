@@ -41,7 +41,7 @@ options:
         type: path
         required: true
   image_environment:
-    description: C(Env) of the image's configuration, as M(nemo.platform.container_image) returns it.
+    description: C(Env) of the image's configuration, as M(nemo.platform.container_image) returns it, under what the container is given.
     type: dict
     default: {}
   device:

@@ -310,10 +310,15 @@ class TestImage:
         assert image_findings(environment, GPU)[0].level == "error"
         assert image_findings({**environment, "NVIDIA_DISABLE_REQUIRE": "1"}, GPU) == []
 
-    def test_brand_decides(self) -> None:
+    def test_brand_decides_only_where_somebody_has_asked_for_it(self) -> None:
         environment = {"CUDA_VERSION": "13.0.2", "NVIDIA_REQUIRE_CUDA": "cuda>=13.0 brand=tesla,driver>=570,driver<571"}
-        (finding,) = image_findings(environment, {**GPU, "cuda": "12.8", "driver": {"loaded": "570.86.15"}})
-        assert finding.level == "warning"
+        older = {**GPU, "cuda": "12.8", "driver": {"loaded": "570.86.15"}}
+        assert [finding.level for finding in image_findings(environment, older)] == ["error"]
+        asked = {**environment, "VLLM_ENABLE_CUDA_COMPATIBILITY": "1"}
+        assert [finding.level for finding in image_findings(asked, older)] == ["warning"]
+        assert [finding.level for finding in image_findings({**asked, "NVIDIA_REQUIRE_CUDA": "cuda>=13.0"}, older)] == [
+            "error"
+        ]
 
     def test_image_that_says_nothing(self) -> None:
         assert [finding.level for finding in image_findings({"PATH": "/bin"}, GPU)] == ["warning"]
