@@ -298,7 +298,7 @@ class Snapshot:
         if chosen:
             return ["%s runs code of whoever made it when it is loaded" % ", ".join(chosen)]
         if not any(matches(path, WEIGHTS) for path in wanted):
-            if pickles:
+            if pickles and not any(matches(path, WEIGHTS) for path in tree):
                 raise WorkError(
                     "pickle",
                     "the weights of %s are pickles alone (%s), which run code when they are loaded"
@@ -369,8 +369,17 @@ class Snapshot:
             self._place(tree, wanted, found)
         except OSError as error:
             raise self.disk_problem(error) from error
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self.tidy()
         self.progress.say("complete: %d files, %s, in %s" % (len(wanted), amount(size_of_all(wanted)), self.path))
+
+    def tidy(self) -> None:
+        """Nothing of a finished snapshot stays among what is under way."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        for folder in (os.path.dirname(self.partial), os.path.join(self.wanted.root, PARTIAL)):
+            try:
+                os.rmdir(folder)
+            except OSError:
+                break  # another download is under way
 
     def _adopt(self, wanted: Mapping[str, RemoteFile]) -> None:
         """A folder without a marker was filled by somebody else: what is in order in it is not fetched again."""

@@ -260,6 +260,7 @@ class Run:
         self.damaged: dict[str, str] = {}
         self.todo: list[RemoteFile] = []
         self.extra: list[str] = []
+        self.resolved = ""  # the commit that a name leads to, where this host has not kept one yet
         self.suspects: set[str] = set()  # files whose contents are looked at again, whatever their times say
         self.snapshot = self._snapshot("")
 
@@ -280,17 +281,33 @@ class Run:
         found = self.snapshot.look(self.params["verify"] == "full")
         if found and found.good:
             if not self.check_mode:
-                self.snapshot.refresh(found)
+                self._keep(found)
             return self._result("present", found)
         self.suspects = set(found.bad) if found else set()
         done = "repaired" if found else "fetched"
         if self.check_mode:
-            self._prepare()
+            self._plan()
             return self._result(done, None)
-        key = "model-%s" % hashlib.sha256(os.path.realpath(self.snapshot.path).encode()).hexdigest()[:16]
-        background = Background(key, self.progress, self.params["run_path"])
-        data = background.run(self._look, self._prepare, self.params["wait"], self.params["timeout"])
+        data = self._background().run(self._look, self._prepare, self.params["wait"], self.params["timeout"])
         return self._result("started", None) if data is None else self._result(done, data["found"])
+
+    def _background(self) -> Background:
+        key = "model-%s" % hashlib.sha256(os.path.realpath(self.snapshot.path).encode()).hexdigest()[:16]
+        return Background(key, self.progress, self.params["run_path"])
+
+    def _keep(self, found: Found) -> None:
+        """What is in order stays; what only helps the next look is put right."""
+        self._pin()
+        self.snapshot.refresh(found)
+        if os.path.isdir(self.snapshot.partial):  # of a worker that was killed when all was done
+            lock = self._background().lock
+            if lock.try_acquire():
+                self.snapshot.tidy()
+            lock.release()
+
+    def _pin(self) -> None:
+        if self.resolved:
+            pin(self.params["path"], self.params["repository"], self.params["revision"], self.resolved)
 
     def _commit(self) -> str:
         """The commit of the revision: itself, or what its name was resolved to at first."""
@@ -299,8 +316,7 @@ class Run:
             return str(revision)
         known = pinned(root, repository, revision)
         commit = known[0] if known else self.hub.commit(repository, revision).sha
-        if not known and not self.check_mode:
-            pin(root, repository, revision, commit)
+        self.resolved = "" if known else commit
         self.warn(
             "%s: %s is a name that moves; this host has commit %s%s and keeps it. Pin it: revision: %s"
             % (repository, revision, commit, " since %s" % known[1] if known else "", commit)
@@ -312,7 +328,16 @@ class Run:
         return {"found": found} if found and found.good else None
 
     def _prepare(self) -> Work:
-        """What is to be done, if nothing stands against it."""
+        """The work, if nothing stands against it."""
+        found = self._plan()
+        self._pin()
+        snapshot, tree = self.snapshot, self.tree
+        hub = Hub(self.params["endpoint"], self.params["token"], self.limits)
+        fetcher = Fetcher(snapshot, hub, self.params["parallel"])
+        return lambda: snapshot.complete(tree, found, fetcher.fetch)
+
+    def _plan(self) -> Found | None:
+        """What is to be done; the snapshot as it is."""
         snapshot, repository = self.snapshot, self.params["repository"]
         found = snapshot.look(suspects=self.suspects)
         if found:
@@ -330,9 +355,7 @@ class Run:
         if self.todo:
             smallest = min(self.todo, key=lambda file: file.size)
             self.hub.prove_access(repository, snapshot.wanted.revision, smallest.path)
-        hub = Hub(self.params["endpoint"], self.params["token"], self.limits)
-        tree, parallel = self.tree, self.params["parallel"]
-        return lambda: snapshot.complete(tree, found, Fetcher(snapshot, hub, parallel).fetch)
+        return found
 
     def _result(self, action: str, found: Found | None) -> dict[str, Any]:
         files = found.wanted if found else self.snapshot.select(self.tree)
