@@ -17,7 +17,7 @@ from typing import Any
 
 from lab import image, pki
 from lab.aws import layers, payload, seed
-from lab.aws.registry import Registry, digest_of
+from lab.aws.registry import Blob, Registry, digest_of
 from lab.console import LabError, say, step
 from lab.settings import LABEL, STATE
 from lab.vllm import image as vllm
@@ -86,13 +86,12 @@ def ensure() -> bool:
     for repository in REPOSITORIES.values():
         wanted = {tag: _built(repository, tag, behaviour) for tag, behaviour in repository.tags.items()}
         known = {(tag, entry["imageDigest"]) for entry in _known(repository) for tag in entry.get("imageTags") or [""]}
-        missing = [tag for tag, built in wanted.items() if (tag, digest_of(built.manifest)) not in known]
+        missing = [tag for tag, made in wanted.items() if (tag, made.digest) not in known]
         if missing:
             changed = True
             with step(f"pushing {len(missing)} images to the repository {repository.name}"):
-                registry = Registry(pki.authority(STATE / "pki"))
                 for tag in missing:
-                    _push(registry, repository, tag, wanted[tag])
+                    publish(repository, tag, wanted[tag])
     return changed
 
 
@@ -109,11 +108,10 @@ def push(
         raise LabError(f"no image of {where.name} behaves {behaviour!r}: one of {', '.join(where.behaviours)}")
     if not re.fullmatch(r"\w[\w.-]{0,127}", tag, re.ASCII):
         raise LabError(f"{tag!r} cannot be a tag: letters, digits, '_', '.' and '-', at most 128, not '.' or '-' first")
-    built = _built(where, tag, behaviour, architecture, padding)
-    _push(Registry(pki.authority(STATE / "pki")), where, tag, built)
-    digest = digest_of(built.manifest)
-    say(f"{where.name}:{tag} is {digest} ({behaviour})")
-    return digest
+    made = _built(where, tag, behaviour, architecture, padding)
+    publish(where, tag, made)
+    say(f"{where.name}:{tag} is {made.digest} ({behaviour})")
+    return made.digest
 
 
 def remove(tag: str, *, repository: str = AI.name) -> bool:
@@ -140,23 +138,24 @@ def of_name(name: str) -> Repository:
 # ---- one image
 
 
-class _Built:
-    """The parts of one image; blobs are read where they are needed."""
+class Image:
+    """The parts of one image, the lowest layer first."""
 
-    def __init__(self, layers: list[bytes], config: bytes, manifest: bytes) -> None:
-        self.layers, self.config, self.manifest = layers, config, manifest
+    def __init__(self, layers: list[Blob], configuration: dict[str, Any]) -> None:
+        self.layers, self.config = layers, Blob.of(_json(configuration))
+        self.manifest = _json(manifest_of(self.config, layers))
+        self.digest = digest_of(self.manifest)
 
 
-def _built(repository: Repository, tag: str, behaviour: str, architecture: str = "", padding: int = 0) -> _Built:
+def _built(repository: Repository, tag: str, behaviour: str, architecture: str = "", padding: int = 0) -> Image:
     base, base_diff = layers.base(image.debs() / "app")
     program = repository.layer()
-    blobs, diffs = [base, gzip.compress(program, 9, mtime=0)], [base_diff, digest_of(program)]
+    blobs, diffs = [Blob.of(base), Blob.of(gzip.compress(program, 9, mtime=0))], [base_diff, digest_of(program)]
     if padding:
         ballast = layers.archive({"opt/padding": (os.urandom(padding << 20), 0o644)})
-        blobs.append(gzip.compress(ballast, 1, mtime=0))
+        blobs.append(Blob.of(gzip.compress(ballast, 1, mtime=0)))
         diffs.append(digest_of(ballast))
-    config = _json(configuration(repository, tag, behaviour, architecture or _architecture(), diffs))
-    return _Built(blobs, config, _json(manifest_of(config, blobs)))
+    return Image(blobs, configuration(repository, tag, behaviour, architecture or _architecture(), diffs))
 
 
 def configuration(
@@ -178,13 +177,13 @@ def configuration(
     }
 
 
-def manifest_of(config: bytes, layers: list[bytes]) -> dict[str, Any]:
+def manifest_of(config: Blob, layers: list[Blob]) -> dict[str, Any]:
     """The manifest of an image: its digest is what the platform runs."""
     return {
         "schemaVersion": 2,
         "mediaType": MANIFEST,
-        "config": {"mediaType": CONFIG, "size": len(config), "digest": digest_of(config)},
-        "layers": [{"mediaType": LAYER, "size": len(layer), "digest": digest_of(layer)} for layer in layers],
+        "config": {"mediaType": CONFIG, "size": config.size, "digest": config.digest},
+        "layers": [{"mediaType": LAYER, "size": layer.size, "digest": layer.digest} for layer in layers],
     }
 
 
@@ -197,18 +196,18 @@ def _time_of(tag: str) -> datetime.datetime:
         return datetime.datetime(2025, 7, 1)
 
 
-def _push(registry: Registry, repository: Repository, tag: str, built: _Built) -> None:
+def publish(repository: Repository, tag: str, made: Image) -> None:
     """Blobs, manifest, and then the API, so that an interrupted push is simply made again."""
-    for blob in (*built.layers, built.config):
+    registry = Registry(pki.authority(STATE / "pki"))
+    for blob in (*made.layers, made.config):
         registry.push_blob(repository.name, blob)
-    digest = digest_of(built.manifest)
-    registry.push_manifest(repository.name, tag or digest, built.manifest, MANIFEST)
-    if any(entry["imageDigest"] == digest for entry in _known(repository)):
+    registry.push_manifest(repository.name, tag or made.digest, made.manifest, MANIFEST)
+    if any(entry["imageDigest"] == made.digest for entry in _known(repository)):
         return
     # moto makes a digest of its own up where it is not told the real one.
     seed.client("ecr").put_image(
-        repositoryName=repository.name, imageManifest=built.manifest.decode(), imageManifestMediaType=MANIFEST,
-        imageDigest=digest, **({"imageTag": tag} if tag else {}),
+        repositoryName=repository.name, imageManifest=made.manifest.decode(), imageManifestMediaType=MANIFEST,
+        imageDigest=made.digest, **({"imageTag": tag} if tag else {}),
     )  # fmt: skip
 
 

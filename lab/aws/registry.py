@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import pathlib
 import urllib.parse
@@ -19,6 +21,19 @@ def digest_of(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class Blob:
+    """What a registry keeps under its digest: bytes here, or a file."""
+
+    digest: str
+    size: int
+    content: bytes | pathlib.Path
+
+    @classmethod
+    def of(cls, data: bytes) -> Blob:
+        return cls(digest_of(data), len(data), data)
+
+
 class Registry:
     """The platform's registry, at its lab address, under its own name, with the token that ECR hands out."""
 
@@ -30,18 +45,19 @@ class Registry:
             timeout=urllib3.Timeout(connect=5, read=120), retries=urllib3.Retry(3, redirect=0, backoff_factor=0.3),
         )  # fmt: skip
 
-    def push_blob(self, repository: str, data: bytes) -> None:
+    def push_blob(self, repository: str, blob: Blob) -> None:
         """A layer or a configuration; nothing is sent where the registry has it."""
-        digest = digest_of(data)
-        if self._call("HEAD", f"/v2/{repository}/blobs/{digest}", (200, 404)).status == 200:
+        if self._call("HEAD", f"/v2/{repository}/blobs/{blob.digest}", (200, 404)).status == 200:
             return
         begun = self._call("POST", f"/v2/{repository}/blobs/uploads/", (202,))
         location = urllib.parse.urlsplit(begun.headers["Location"])
         query = f"{location.query}&" if location.query else ""
-        self._call(
-            "PUT", f"{location.path}?{query}digest={urllib.parse.quote(digest)}", (201,),
-            body=data, headers={"Content-Type": "application/octet-stream"},
-        )  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            body = blob.content if isinstance(blob.content, bytes) else stack.enter_context(blob.content.open("rb"))
+            self._call(
+                "PUT", f"{location.path}?{query}digest={urllib.parse.quote(blob.digest)}", (201,),
+                body=body, headers={"Content-Type": "application/octet-stream", "Content-Length": str(blob.size)},
+            )  # fmt: skip
 
     def push_manifest(self, repository: str, reference: str, manifest: bytes, media_type: str) -> None:
         """A manifest under a tag, or under its own digest."""

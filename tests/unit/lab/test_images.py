@@ -11,6 +11,7 @@ import tarfile
 import pytest
 
 from lab.aws import images, layers, seed
+from lab.aws.registry import Blob
 from lab.console import LabError
 
 
@@ -22,7 +23,7 @@ def configuration(tag: str, behaviour: str = "healthy", repository: images.Repos
 
 
 def test_the_manifest_names_what_it_is_made_of() -> None:
-    manifest = images.manifest_of(b"{}", [b"layer"])
+    manifest = images.manifest_of(Blob.of(b"{}"), [Blob.of(b"layer")])
     assert manifest["config"]["digest"] == "sha256:" + hashlib.sha256(b"{}").hexdigest()
     assert manifest["layers"] == [
         {"mediaType": images.LAYER, "size": 5, "digest": "sha256:" + hashlib.sha256(b"layer").hexdigest()}
@@ -34,7 +35,9 @@ def test_each_tag_and_each_behaviour_has_a_digest_of_its_own(repository: images.
     every = [
         configuration(tag, behaviour, repository) for tag in repository.tags for behaviour in repository.behaviours
     ]
-    assert len({images.digest_of(images._json(images.manifest_of(config, []))) for config in every}) == len(every)
+    assert len({images.digest_of(images._json(images.manifest_of(Blob.of(config), []))) for config in every}) == len(
+        every
+    )
 
 
 def test_the_same_image_has_the_same_digest() -> None:
