@@ -281,7 +281,9 @@ def check_health(params: Mapping[str, Any]) -> list[str]:
     for name in ("health_path", "proxy_check_path"):
         # It becomes a request line, and a line of HAProxy's configuration.
         if not re.match(r"^/[!-~]*$", params[name]) or re.search(r"[\"'#\\]", params[name]):
-            wrong.append("%s is %r; allowed: a path that begins with /, without blanks, quotes and #" % (name, params[name]))
+            wrong.append(
+                "%s is %r; allowed: a path that begins with /, without blanks, quotes and #" % (name, params[name])
+            )
     if params["health_request_timeout"] <= 0:
         text = "health_request_timeout is %r; allowed: more than 0 seconds"
         wrong.append(text % params["health_request_timeout"])

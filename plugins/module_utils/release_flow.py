@@ -1042,12 +1042,14 @@ class Releaser:
         question = question_of(health)
         limit = self.clock() + health["timeout"] + settle
         restarts = 0 if fresh else self.alive(record, None).restarts
-        last = next((entry["durations"] for entry in self.releases if entry.get("durations")), {})
+        last: dict[str, float] = next((entry["durations"] for entry in self.releases if entry.get("durations")), {})
         phases = Phases(self.params["phases"] or [], last, self.clock())
         good: float | None = None
         shown = None
         while True:
-            problem = self.probe("127.0.0.1", record["host_port"], question, min(request_timeout(health), health["timeout"]))
+            problem = self.probe(
+                "127.0.0.1", record["host_port"], question, min(request_timeout(health), health["timeout"])
+            )
             box = self.alive(record, restarts)
             now = self.clock()
             if problem is None:

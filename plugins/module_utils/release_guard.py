@@ -59,7 +59,15 @@ class Guard:
         # One of a release that has just ended may still be about to see that there is nothing to do.
         self.execute(("systemctl", "stop", "%s.service" % unit), (), {})
         rc, out, err = self.execute(
-            ("systemd-run", "--quiet", "--collect", "--unit=%s" % unit, "/bin/sh", "-c", self.script(old, new, seconds, port)),
+            (
+                "systemd-run",
+                "--quiet",
+                "--collect",
+                "--unit=%s" % unit,
+                "/bin/sh",
+                "-c",
+                self.script(old, new, seconds, port),
+            ),
             (),
             {},
         )

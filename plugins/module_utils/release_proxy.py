@@ -218,7 +218,9 @@ def reply_lines(settings: ProxySettings) -> str:
     if not seconds:
         return ""
     body = error_body("No release can answer now. Try again in %d s." % seconds, "service_unavailable", 503)
-    reply = "    http-error status %d content-type application/json string '%s' hdr Retry-After %d hdr X-Nemo-Unavailable 1"
+    reply = (
+        "    http-error status %d content-type application/json string '%s' hdr Retry-After %d hdr X-Nemo-Unavailable 1"
+    )
     return ERRORS.format(replies="\n".join(reply % (status, body, seconds) for status in (502, 503, 504)))
 
 
@@ -270,7 +272,13 @@ def rule_lines(settings: ProxySettings) -> str:
     for code, condition, text, kind, header in (
         (404, "named", "There is nothing here.", "not_found_error", ""),
         (403, "inside", "Not from this address.", "permission_error", ""),
-        (401, "passes", "A valid key is needed: Authorization: Bearer.", "authentication_error", " hdr WWW-Authenticate Bearer"),
+        (
+            401,
+            "passes",
+            "A valid key is needed: Authorization: Bearer.",
+            "authentication_error",
+            " hdr WWW-Authenticate Bearer",
+        ),
     ):
         lines.append(refusal % (code, error_body(text, kind, code), header, condition, condition))
     return "".join("    %s\n" % line for line in lines)

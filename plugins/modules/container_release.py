@@ -741,7 +741,13 @@ def main() -> None:
         lines: list[str] = [one_line(name, params, error)]
         if error.log_tail:
             lines += ["Its last log lines:"] + ["  %s" % line for line in error.log_tail]
-        module.fail_json(msg="\n".join(lines), reason=error.reason, cause=error.cause, advice=error.advice or ADVICE["docker"], **result)
+        module.fail_json(
+            msg="\n".join(lines),
+            reason=error.reason,
+            cause=error.cause,
+            advice=error.advice or ADVICE["docker"],
+            **result,
+        )
     if module._diff and releaser.changed:
         result["diff"] = difference(name, releaser.before, releaser.after)
     module.exit_json(**result)

@@ -132,7 +132,9 @@ class Restarter:
         """A service, fit to be restarted."""
         store = Store(name, self.params["state_path"], self.params["run_path"])
         state = store.read("state.json") or {}
-        record = next((entry for entry in state.get("releases") or [] if entry["release"] == state.get("current")), None)
+        record = next(
+            (entry for entry in state.get("releases") or [] if entry["release"] == state.get("current")), None
+        )
         if not record:
             raise ReleaseError("absent", f"this host has no release of {name}")
         if store.read("transition.json"):

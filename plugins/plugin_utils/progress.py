@@ -32,9 +32,9 @@ LOOKS_LOST = 3  # in a row, after which there are no more
 SHOWN_AT_ONCE = 20
 # Prints the file's age in seconds, the place from which on it is shown, and what it says from there; nothing without a file.
 LOOK = (
-    "f={path}; o={offset}; s=$(stat -c %s $f 2>/dev/null) || exit 0; "
+    'f={path}; o={offset}; s=$(stat -c %s "$f" 2>/dev/null) || exit 0; '
     "if [ $o -lt 0 ]; then o=$(( s > 4096 ? s - 4096 : 0 )); elif [ $o -gt $s ]; then o=0; fi; "
-    "echo $(( $(date +%s) - $(stat -c %Y $f) )) $o; tail -c +$(( o + 1 )) $f"
+    'echo $(( $(date +%s) - $(stat -c %Y "$f") )) $o; tail -c +$(( o + 1 )) "$f"'
 )
 
 Look = Callable[[int], bytes]

@@ -145,17 +145,29 @@ def test_good_arguments_are_accepted() -> None:
         ({"shm_size": "much"}, "shm_size is 'much'; allowed: a number with b, k, m or g"),
         ({"pids_limit": -1}, "pids_limit is -1; allowed: 0 or more"),
         ({"proxy_retry_after": -1}, "proxy_retry_after is -1; allowed: 0 or more"),
-        ({"mounts": [{"source": "models", "target": "/m", "read_only": True}]}, "mounts[0].source is 'models'; allowed: an"),
-        ({"mounts": [{"source": "/a,b", "target": "/m", "read_only": True}]}, "mounts[0].source is '/a,b'; allowed: an"),
+        (
+            {"mounts": [{"source": "models", "target": "/m", "read_only": True}]},
+            "mounts[0].source is 'models'; allowed: an",
+        ),
+        (
+            {"mounts": [{"source": "/a,b", "target": "/m", "read_only": True}]},
+            "mounts[0].source is '/a,b'; allowed: an",
+        ),
         ({"mounts": [{"source": "/a/../b", "target": "/m", "read_only": True}]}, "mounts[0].source is '/a/../b'"),
-        ({"mounts": [{"source": "/a", "target": "/", "read_only": True}]}, "mounts[0].target is '/'; allowed: a folder"),
+        (
+            {"mounts": [{"source": "/a", "target": "/", "read_only": True}]},
+            "mounts[0].target is '/'; allowed: a folder",
+        ),
         (
             {"mounts": [{"source": "/a", "target": "/m", "read_only": True}] * 2},
             "mounts[1].target is '/m'; allowed: a folder of its own",
         ),
         ({"command": ["a\0b"]}, "command[0] has a NUL character"),
         ({"phases": [{"name": "x", "pattern": "("}]}, "phases[0] is '('; allowed: a regular expression of Python"),
-        ({"failure_patterns": [{"pattern": "a(b)", "text": "\\2"}]}, "failure_patterns[0] is 'a(b)'; allowed: a regular"),
+        (
+            {"failure_patterns": [{"pattern": "a(b)", "text": "\\2"}]},
+            "failure_patterns[0] is 'a(b)'; allowed: a regular",
+        ),
         ({"failure_patterns": [{"pattern": "a", "text": "\\g<x>"}]}, "failure_patterns[0] is 'a'; allowed: a regular"),
         ({"health_timeout": 0}, "health_timeout is 0; allowed: 1 or more"),
         ({"bake_time": -1}, "bake_time is -1; allowed: 0 or more"),

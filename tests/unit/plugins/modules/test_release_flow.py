@@ -659,7 +659,10 @@ def test_the_phase_that_a_release_is_in_is_said_and_how_long_it_took_last_time(w
     world.engine.set(log="Starting to load the model")
     world.now = 0
     second = world.releaser(
-        {**world.params(None, tag="slow", phases=PHASES, health_timeout=60, memory="512m"), "digest": image(5)["digest"]}
+        {
+            **world.params(None, tag="slow", phases=PHASES, health_timeout=60, memory="512m"),
+            "digest": image(5)["digest"],
+        }
     )
     world.act(second)
     assert said(second, "loading")[0] == f"loading weights (last time: {durations['loading weights']} s)"
@@ -679,7 +682,10 @@ def test_the_reason_of_a_failure_is_found_in_the_log(world: World) -> None:
     world.engine.set(log="\x1b[31mtorch.OutOfMemoryError: tried to allocate 2.50 GiB\x1b[0m\nRuntimeError: see above")
     patterns = [
         {"pattern": "no such thing", "text": "never"},
-        {"pattern": r"OutOfMemoryError: tried to allocate (?P<size>[\d.]+ \w+)", "text": r"GPU memory is short of \g<size>"},
+        {
+            "pattern": r"OutOfMemoryError: tried to allocate (?P<size>[\d.]+ \w+)",
+            "text": r"GPU memory is short of \g<size>",
+        },
         {"pattern": "RuntimeError", "text": "too late"},
     ]
     error, done = world.failing(None, tag="bad", failure_patterns=patterns)

@@ -127,7 +127,10 @@ def test_health_is_asked_for_as_the_release_says(tmp_path: Path) -> None:
     host = Host(tmp_path)
     health = {**RECORD["health"], "method": "POST", "body": "x", "request_timeout": 30}  # type: ignore[dict-item]
     host.write(
-        "state.json", current="r1", releases=[{**RECORD, "health": health}], proxy={"address": "10.0.2.20", "port": 8002}
+        "state.json",
+        current="r1",
+        releases=[{**RECORD, "health": health}],
+        proxy={"address": "10.0.2.20", "port": 8002},
     )
     host.restarter().container("ai")
     (address, port, question, timeout) = host.probed[0]
