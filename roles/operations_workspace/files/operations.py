@@ -46,8 +46,11 @@ SECRET = re.compile(
     r"(?i)([\w-]*(?:pass(?:word|wd|phrase)?|secret|token|api_?key|access_?key)[\w-]*\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|\S+)"
 )
 MASK = "********"
-# What playbooks/access.yml and site.yml are asked to do: the log is there to tell it. Every other variable may be a secret.
-SHOWN = {"command", "follow", "follow_for", "grep", "group", "lines", "service", "since", "unit", "verify_only"}
+# What the playbooks are asked to do: the log is there to tell it. Every other variable may be a secret.
+SHOWN = {
+    "batch", "command", "digest", "follow", "follow_for", "follow_report", "force", "grep", "group", "lines",
+    "max_fail_percentage", "pin", "release", "service", "since", "tag", "unit", "verify_only",
+}  # fmt: skip
 # -e, also behind options without a value (-be, -vve), also with its value glued on.
 VARIABLES = re.compile(r"(-[bCDhJkKov]*e=?)(.*)", re.DOTALL)
 
@@ -173,6 +176,7 @@ def peer(connection: socket.socket) -> dict[str, Any]:
         found["tty"] = terminal if terminal.startswith(("/dev/pts/", "/dev/tty")) else ""
     # The process's own environment: a hint, as its user can write it. Of root's it is sudo that wrote it.
     found["ssh_client"] = environment.get("SSH_CONNECTION", "").split(" ")[0]
+    found["unattended"] = environment.get("NEMO_UNATTENDED", "") == "1"
     if uid == 0:
         found["sudo_user"] = environment.get("SUDO_USER", "")
     return found
@@ -349,6 +353,7 @@ class Run:
                         "time": now(),
                         "user": self.who["user"],
                         "seconds": seconds,
+                        "locked": sorted(self.held),
                         **ended,
                     }
                 )
@@ -501,6 +506,7 @@ def runs() -> list[dict[str, Any]]:
                 "results": record["hosts"],
                 "ended": record["time"],
                 "seconds": record["seconds"],
+                "locked": record.get("locked", []),
             }
         elif name in found and record.get("event") == "refused":
             found[name] |= {"refused_by": record.get("holder")}
@@ -514,6 +520,11 @@ def runs() -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def only_looked_by_itself(run: dict[str, Any]) -> bool:
+    """A look of a timer that led to nothing: there is one every few minutes."""
+    return bool(run.get("unattended") and run["result"] == "ok" and not run.get("locked"))
+
+
 def show_log(arguments: argparse.Namespace) -> int:
     try:
         LOG.open().close()
@@ -525,6 +536,8 @@ def show_log(arguments: argparse.Namespace) -> int:
         return 1
     found = [run for run in runs() if not arguments.user or arguments.user in (run["user"], run.get("login"))]
     found = [run for run in found if not arguments.host or arguments.host in {*run["hosts"], *run["results"]}]
+    if not arguments.all:
+        found = [run for run in found if not only_looked_by_itself(run)]
     found = found[-arguments.lines :] if arguments.lines else found
     if arguments.json:
         print(json.dumps(found, indent=2))
@@ -558,6 +571,7 @@ def main(words: list[str]) -> int:
     log.add_argument("--json", action="store_true", help="everything that is known")
     log.add_argument("--user", help="runs of this operator")
     log.add_argument("--host", help="runs on this host")
+    log.add_argument("--all", action="store_true", help="looks of timers that led to nothing, too")
     log.add_argument("-n", "--lines", type=int, default=20, help="the last N runs; 0 for all (default 20)")
     locks = commands.add_parser("locks", prog="nemo-locks", description="Who holds which host.")
     locks.add_argument("--json", action="store_true")

@@ -155,6 +155,18 @@ def test_run_is_logged(bastion: Bastion) -> None:
     assert run["results"]["a"]["changed"] == 1
 
 
+def test_a_timers_look_that_led_to_nothing_is_left_out(bastion: Bastion) -> None:
+    bastion.environment["NEMO_UNATTENDED"] = "1"
+    looks = bastion.play("a", 0, "{nemo_hosts_lock: false}")
+    assert bastion.run("ansible-playbook", looks)[0] == 0
+    assert bastion.runs() == []
+    assert len(json.loads(bastion.tool("log", "--json", "--all"))) == 1
+    assert bastion.run("ansible-playbook", bastion.play("a"))[0] == 0
+    assert [run["locked"] for run in bastion.runs()] == [["a"]]
+    assert bastion.run("ansible-playbook", looks, "-e", "ansible_connection=none_such")[0] != 0
+    assert [run["result"] for run in bastion.runs()] == ["ok", "failed"]
+
+
 @pytest.mark.parametrize(
     ("words", "result", "check"),
     [
@@ -289,6 +301,7 @@ def test_who_may_not_see_the_locks_is_told(
         ("-e grep=token=hunter2", "-e grep=token=********"),
         ("-e service=ai-prod -e unit=ssh -e since=1h", "-e service=ai-prod -e unit=ssh -e since=1h"),
         ("-e lines=5 -e follow=true -e follow_for=9 -e verify_only=a", "-e lines=5 -e follow=true -e follow_for=9 -e verify_only=a"),
+        ("-e service=a -e tag=t -e digest=d -e pin=true", "-e service=a -e tag=t -e digest=d -e pin=true"),
         ("-e commands=hunter2 -e hunter2", "-e commands=******** -e ********"),
         ("-e '{\"group\": \"ai\"}' -e '[1]'", "-e ******** -e ********"),
         ("-e @vars.yml", "-e @vars.yml"),
