@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FORMAT = 2  # of container_release's state.json
-COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:request_success_total")
+# Of work that the engine has done. Its count of requests also grows by those that were given up, such as the question of this program.
+COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
 METRICS_TIMEOUT = 5
 # Seconds for a docker command, and for a restart to end what does not end by itself.
 DOCKER_TIMEOUT = 60
@@ -170,7 +171,7 @@ class Watchdog:
         return Answer(False, reason, 400 <= answer.status < 500 and answer.status not in (408, 429))
 
     def counted(self, release: dict[str, Any]) -> float | None:
-        """Tokens and answers that the engine has counted; None where it does not say."""
+        """Tokens that the engine has counted; None where it does not say."""
         connection = http.client.HTTPConnection("127.0.0.1", int(release["host_port"]), timeout=METRICS_TIMEOUT)
         try:
             connection.request("GET", "/metrics", headers={"Connection": "close"})
