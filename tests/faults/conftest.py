@@ -51,6 +51,17 @@ def pytest_sessionstart() -> None:
         pytest.exit("the lab is down: `make lab` brings it up", returncode=1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nobody_else_releases() -> Iterator[None]:
+    """Nothing on the Bastion releases what a test pushes, unless the test wants it to."""
+    found = engine.running()
+    assert found
+    command = "! command -v nemo-follow > /dev/null || nemo-follow {} > /dev/null"
+    found.exec("nemo-lab-bastion", ["sh", "-c", command.format("stop ai-dev tests of faults")])
+    yield
+    found.exec("nemo-lab-bastion", ["sh", "-c", command.format("resume ai-dev")])
+
+
 @pytest.fixture
 def site() -> Callable[..., Run]:
     """Run site.yml on the lab with these arguments."""
