@@ -317,10 +317,9 @@ class Run:
         known = pinned(root, repository, revision)
         commit = known[0] if known else self.hub.commit(repository, revision).sha
         self.resolved = "" if known else commit
-        self.warn(
-            "%s: %s is a name that moves; this host has commit %s%s and keeps it. Pin it: revision: %s"
-            % (repository, revision, commit, " since %s" % known[1] if known else "", commit)
-        )
+        when = "since %s, and stays it" % known[1] if known else "now, and stays it once it is fetched"
+        text = "%s: %s is a name that moves. On this host it is commit %s %s; pin it: revision: %s"
+        self.warn(text % (repository, revision, commit, when, commit))
         return commit
 
     def _look(self) -> dict[str, Any] | None:
