@@ -265,7 +265,7 @@ def test_the_description_has_each_version_with_its_digests(tmp_path: pathlib.Pat
         machine="x86_64", architecture="amd64", python=about(), key=key,
         relocatable=made(interpreter.path_of(about(), "x86_64")), diff=made(kubernetes.helm_diff_path("amd64")),
         bundle=made(awscli.path_of("x86_64")), tools=made(kubernetes.KUBECTL_PATH, kubernetes.HELM_PATH),
-        models=made(),
+        models=made(), signed=SimpleNamespace(describe=dict),
     )  # fmt: skip
     described = publish.Artifacts.describe(artifacts)
     assert described["kubectl"]["digests"][kubernetes.KUBECTL] == {"amd64": f"digest of {kubernetes.KUBECTL_PATH}"}
