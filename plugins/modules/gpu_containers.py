@@ -371,7 +371,7 @@ class Containers:
     def _start(self, image: str) -> None:
         self._must(
             f"no container starts with the runtime {self.wanted['runtime']}",
-            "docker", "run", "--detach", "--rm", "--name", CONTAINER, "--runtime", self.wanted["runtime"], "--pull", "never",
+            "docker", "run", "--detach", "--name", CONTAINER, "--runtime", self.wanted["runtime"], "--pull", "never",
             "--env", "NVIDIA_VISIBLE_DEVICES=all", "--env", "NVIDIA_DRIVER_CAPABILITIES=compute,utility",
             "--network", "none", "--log-driver", "none", "--pids-limit", "64", "--memory", "512m", "--security-opt", "no-new-privileges",
             "--entrypoint", "sleep", image, str(LIFETIME),
@@ -404,9 +404,14 @@ class Containers:
     def _restart_engine(self) -> str:
         """Restart it, and see that every container lives on; why not, where it would end one."""
         before = {entry["Id"]: entry for entry in self._running()}
+        names = {key: entry["Name"].lstrip("/") for key, entry in before.items()}
         if not self.engine.get("LiveRestoreEnabled"):
-            names = ", ".join(sorted(entry["Name"].lstrip("/") for entry in before.values()))
-            return f"live-restore is off, a restart would end {names or 'the container of the proof'}"
+            return (
+                f"live-restore is off, it would end {', '.join(sorted(names.values())) or 'the container of the proof'}"
+            )
+        fleeting = sorted(names[key] for key, entry in before.items() if entry["HostConfig"].get("AutoRemove"))
+        if fleeting:  # the engine removes them when it starts, live-restore or not
+            return f"it would end {', '.join(fleeting)}, started with --rm"
         # restarts of others may have used up what systemd allows
         self.run(["systemctl", "reset-failed", "docker.service"], 30)
         self._must("the engine does not restart", "systemctl", "restart", "docker.service")
@@ -421,9 +426,9 @@ class Containers:
                 self.sleep(0.5)
         after = {entry["Id"]: entry for entry in self._running()}
         gone = [
-            entry["Name"].lstrip("/")
-            for name, entry in before.items()
-            if after.get(name, {}).get("State", {}).get("Pid") != entry["State"]["Pid"]
+            names[key]
+            for key, entry in before.items()
+            if after.get(key, {}).get("State", {}).get("Pid") != entry["State"]["Pid"]
         ]
         if gone:
             raise ContainersError(f"the restart of the engine ended {', '.join(gone)}, though live-restore is on")
