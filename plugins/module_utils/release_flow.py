@@ -336,11 +336,19 @@ class Releaser:
         if not record or record["spec"] != spec_of(wanted) or not self.is_serving(record):
             return False
         self.after = wanted
+        self.learn_health(record)
         pinned = self.wanted_pin("release", record)
         if bool(pinned) != bool(self.pinned):
             self.pinned, self.changed, self.action = pinned, True, "pinned" if pinned else "unpinned"
             self.save()
         return True
+
+    def learn_health(self, record: Record) -> None:
+        """From now on the release is asked as the inputs say, where it answers that."""
+        health = health_of(self.params)
+        if health != record["health"] and self.problem(dict(record, health=health)) is None:
+            record["health"] = health
+            self.save()
 
     def rollback(self) -> None:
         """To the release before, or to one that is named by its id, tag or digest; nothing is pulled."""
@@ -652,7 +660,7 @@ class Releaser:
         if origin:
             self.docker.restart_policy("always", old)  # so that it is back after a reboot, though it was stopped
         self.say("stopping the old release")
-        self.docker.stop(old, self.params["stop_timeout"])
+        self.docker.stop(old, int((origin["settings"] if origin else self.params)["stop_timeout"]))
 
     def advance(self, journal: Record) -> None:
         """From proven to committed; every step can be repeated."""

@@ -29,7 +29,7 @@ class Host:
             "api",
             lambda *_: (0, "", ""),
             self.lock,
-            os.path.join(self.store.base, "transition.json"),
+            str(Path(self.store.base) / "transition.json"),
             self.proxy.configuration,
         )
         programs = path / "bin"

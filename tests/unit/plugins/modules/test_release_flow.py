@@ -161,6 +161,22 @@ def test_how_a_release_is_made_is_no_new_release(world: World, values: dict[str,
     assert not world.release(1, **values).changed
 
 
+def test_a_running_release_learns_how_it_is_asked_where_it_answers_that(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.release(1)
+    real = world.probe
+
+    def probe(address: str, port: int, question: logic.Question, timeout: float) -> str | None:
+        return "it answered 404, not 200" if question.path == "/nowhere" else real(address, port, question, timeout)
+
+    monkeypatch.setattr(world, "probe", probe)
+    assert not world.release(1, health_timeout=99).changed
+    assert world.record()["health"]["timeout"] == 99
+    assert not world.release(1, health_path="/nowhere").changed
+    assert world.record()["health"]["path"] == "/health"
+
+
 def test_settings_of_the_public_port_are_no_new_release(world: World) -> None:
     world.release(1)
     first = world.state()["current"]
