@@ -191,6 +191,15 @@ def push(arguments: argparse.Namespace) -> None:
         images.push(arguments.tag, arguments.behaviour, repository=arguments.repository, padding=arguments.padding)
 
 
+def cpu_image(_: argparse.Namespace) -> None:
+    """Make an image of vLLM itself, built for CPUs, and push it to the lab's registry."""
+    from lab.aws import side
+    from lab.vllm import cpu
+
+    with only_one(), side.errors():
+        cpu.ensure()
+
+
 def remove(arguments: argparse.Namespace) -> None:
     """Remove a tag from the lab's registry."""
     from lab.aws import images, side
@@ -216,7 +225,7 @@ def main() -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function in {
         "up": up, "down": down, "status": status, "core": core, "image": make_image, "ssh": ssh, "exec": execute,
-        "artifacts": artifacts, "gpu": gpu, "push": push, "remove": remove, "docker-host": docker_host, "check": check, "scenario-hosts": scenario_hosts, "rebuild": rebuild,
+        "artifacts": artifacts, "gpu": gpu, "push": push, "cpu-image": cpu_image, "remove": remove, "docker-host": docker_host, "check": check, "scenario-hosts": scenario_hosts, "rebuild": rebuild,
         "volume": volumes,
     }.items():  # fmt: skip
         command = commands.add_parser(name, help=(function.__doc__ or "").split("\n")[0], description=function.__doc__)
