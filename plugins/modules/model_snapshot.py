@@ -39,7 +39,9 @@ options:
     type: path
     default: /srv/models/hub
   mount_point:
-    description: Folder, above O(path), that must be a mounted file system. Keeps a model off the root disk when the volume is not there.
+    description:
+      - Folder, above O(path), that must be a mounted file system. Keeps a model off the root disk when the volume is not there. In check
+        mode one that is not mounted yet is a warning, and free space is not looked at.
     type: path
   endpoint:
     description: Address of the hub, or of a mirror that speaks as it does. Redirects from C(https) to C(http) are refused.
@@ -260,6 +262,7 @@ class Run:
         self.damaged: dict[str, str] = {}
         self.todo: list[RemoteFile] = []
         self.extra: list[str] = []
+        self.mounted = True
         self.resolved = ""  # the commit that a name leads to, where this host has not kept one yet
         self.suspects: set[str] = set()  # files whose contents are looked at again, whatever their times say
         self.snapshot = self._snapshot("")
@@ -272,11 +275,7 @@ class Run:
         return Snapshot(wanted, self.progress)
 
     def run(self) -> dict[str, Any]:
-        mount_point = self.params["mount_point"]
-        if mount_point and not os.path.ismount(mount_point):
-            raise WorkError(
-                "mount", "%s is no mounted file system, and a model would fill the disk below it" % mount_point
-            )
+        self._need_mount()
         self.snapshot = self._snapshot(self._commit())
         found = self.snapshot.look(self.params["verify"] == "full")
         if found and found.good:
@@ -290,6 +289,16 @@ class Run:
             return self._result(done, None)
         data = self._background().run(self._look, self._prepare, self.params["wait"], self.params["timeout"])
         return self._result("started", None) if data is None else self._result(done, data["found"])
+
+    def _need_mount(self) -> None:
+        mount_point = self.params["mount_point"]
+        self.mounted = not mount_point or os.path.ismount(mount_point)
+        if self.mounted:
+            return
+        text = "%s is no mounted file system, and a model would fill the disk below it" % mount_point
+        if not self.check_mode:
+            raise WorkError("mount", text)
+        self.warn("%s; a run that is no check mounts it first" % text)
 
     def _background(self) -> Background:
         key = "model-%s" % hashlib.sha256(os.path.realpath(self.snapshot.path).encode()).hexdigest()[:16]
@@ -350,7 +359,8 @@ class Run:
             self.warn("%s: %s" % (repository, warning))
         self.todo = snapshot.missing(self.tree, found)
         self.missing = snapshot.missing_bytes(self.todo)
-        snapshot.need_space(self.todo, self.params["min_free_disk_mb"] * 1000000)
+        if self.mounted:
+            snapshot.need_space(self.todo, self.params["min_free_disk_mb"] * 1000000)
         if self.todo:
             smallest = min(self.todo, key=lambda file: file.size)
             self.hub.prove_access(repository, snapshot.wanted.revision, smallest.path)

@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ansible_collections.nemo.platform.plugins.module_utils import model_snapshot as logic
 from ansible_collections.nemo.platform.plugins.module_utils.background import WorkError
 from ansible_collections.nemo.platform.plugins.module_utils.downloads import Limits
-from ansible_collections.nemo.platform.plugins.module_utils.model_hub import Hub
+from ansible_collections.nemo.platform.plugins.module_utils.model_hub import Hub, Passing, RemoteFile
 from ansible_collections.nemo.platform.plugins.module_utils.progress import Progress
 from tests.unit.helpers import ROOT
-from tests.unit.plugins.modules.fake_hub import COMMIT, REPOSITORY, TOKEN, FakeHub
+from tests.unit.plugins.modules.fake_hub import COMMIT, REPOSITORY, TOKEN, FakeHub, blob
 
 MODULE = ROOT / "plugins" / "modules" / "model_snapshot.py"
 SMALL = 3000
@@ -270,13 +272,10 @@ def test_a_redirect_away_from_tls_is_refused() -> None:
         ({"endpoint": "http://127.0.0.1:9"}, "unreachable", "http://127.0.0.1:9 does not answer"),
         ({"include": ["*.gguf"]}, "nothing", "none of the 6 files"),
         ({"min_free_disk_mb": 10**9}, "no_space", "free, and needs 4.5 MB for what is still missing and 1000000.0 GB"),
-        ({"mount_point": "MOUNT"}, "mount", "is no mounted file system"),
         ({"include": ["*.json", "*.md"], "exclude": []}, "", "holds weights"),
     ],
 )
 def test_what_is_found_before_anything_is_begun(host: Host, changes: dict[str, Any], reason: str, text: str) -> None:
-    if "mount_point" in changes:
-        changes = {"mount_point": str(host.root.parent)}
     for check in (True, False):
         result = host.run(check=check, **changes)
         assert text in result.get("msg", "") or any(text in warning for warning in warned(result)), result
@@ -285,6 +284,16 @@ def test_what_is_found_before_anything_is_begun(host: Host, changes: dict[str, A
             assert result["failed"]
             assert not host.root.exists()
             assert not list(host.run_path.glob("*.outcome"))
+
+
+def test_a_volume_that_is_not_mounted(host: Host) -> None:
+    changes = {"mount_point": str(host.root.parent), "min_free_disk_mb": 10**9}
+    result = host.run(**changes)
+    assert (result["failed"], result["reason"]) == (True, "mount"), result
+    checked = host.run(check=True, **changes)
+    assert (checked["changed"], checked["action"]) == (True, "fetched"), checked
+    assert any("is no check mounts it first" in warning for warning in warned(checked))
+    assert not host.root.exists()
 
 
 @pytest.mark.parametrize(
@@ -596,6 +605,93 @@ def test_a_full_disk_names_the_models_other_snapshots(host: Host) -> None:
     result = host.run(min_free_disk_mb=10**9)
     assert result["reason"] == "no_space"
     assert f"{older} (5.0 GB)" in result["msg"]
+
+
+class Answer:
+    """What a server sends, in pieces, until something goes wrong."""
+
+    def __init__(self, data: bytes, start: int, fault: Any, whole: bool) -> None:
+        begin = 0 if whole else start
+        self.status = 206 if begin else 200
+        self.headers = {"Content-Range": f"bytes {begin}-{len(data) - 1}/{len(data)}"} if begin else {}
+        self.rest, self.sent, self.fault = data[begin:], 0, fault
+        if fault == "flip" and self.rest:
+            self.rest = bytes([self.rest[0] ^ 1]) + self.rest[1:]
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_error: Any) -> None:
+        pass
+
+    def read1(self, _most: int) -> bytes:
+        left = self.rest
+        if isinstance(self.fault, tuple):
+            left = self.rest[: max(self.fault[1] - self.sent, 0)]
+            if not left and self.fault[0] == "reset":
+                raise ConnectionResetError(104, "Connection reset by peer")
+        block, self.rest = left[:700], self.rest[len(left[:700]) :]
+        self.sent += len(block)
+        return block
+
+
+class Line:
+    """A hub whose downloads go wrong as they are told to, one after the other."""
+
+    def __init__(self, files: dict[str, bytes], faults: list[Any]) -> None:
+        self.files, self.faults, self.limits = files, faults, Limits(30, 2, 0)
+        self.sent: list[Answer] = []
+
+    def download(self, _repository: str, _revision: str, path: str, start: int) -> Answer:
+        fault = self.faults.pop(0) if self.faults else None
+        if fault == "refuse":
+            raise Passing("unreachable", "it answers 503")
+        self.sent.append(Answer(self.files[path], start, fault, fault == "whole"))
+        return self.sent[-1]
+
+
+FAULTS = st.one_of(
+    st.sampled_from(["flip", "refuse", "whole", None]),
+    st.tuples(st.sampled_from(["cut", "reset"]), st.integers(0, 5000)),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    files=st.dictionaries(st.sampled_from(["a", "b/c", "d.safetensors"]), st.binary(max_size=4000), min_size=1),
+    faults=st.lists(FAULTS, max_size=12),
+    parallel=st.integers(1, 3),
+)
+def test_whatever_a_line_does_files_are_right_or_not_there(
+    tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes], faults: list[Any], parallel: int
+) -> None:
+    folder = tmp_path_factory.mktemp("line")
+    snapshot = logic.Snapshot(logic.Wanted("o/n", COMMIT, str(folder), ("*",), ()), Progress("x", str(folder)))
+    tree = {
+        path: RemoteFile(path, len(data), hashlib.sha256(data).hexdigest() if path == "a" else "", blob(data))
+        for path, data in files.items()
+    }
+    problem = ""
+    try:
+        snapshot.complete(tree, None, logic.Fetcher(snapshot, Line(files, faults), parallel).fetch)  # type: ignore[arg-type]
+    except WorkError as error:
+        problem = error.reason
+    if problem:
+        assert problem in ("unreachable", "corrupt")
+        assert snapshot.look() is None
+        left = {
+            str(path.relative_to(snapshot.whole)): path.read_bytes()
+            for path in Path(snapshot.whole).rglob("*")
+            if path.is_file()
+        }
+        assert left.items() <= files.items()
+        line = Line(files, [])
+        snapshot.complete(tree, None, logic.Fetcher(snapshot, line, parallel).fetch)  # type: ignore[arg-type]
+        assert len(line.sent) <= 2 * (len(files) - len(left)), "what was whole is not asked for again"
+    found = snapshot.look(full=True)
+    assert found
+    assert found.good
+    assert {path: (Path(snapshot.path) / path).read_bytes() for path in files} == files
 
 
 # -- what is there
