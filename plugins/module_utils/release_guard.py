@@ -45,7 +45,7 @@ class Guard:
     def script(self, old: str, new: str, seconds: int, port: int) -> str:
         """What the unit runs. The old release's port is 0 where there is no HAProxy in front of it yet."""
         words = {"name": self.name, "lock": self.lock, "transition": self.transition, "old": old, "new": new}
-        words["release"] = new.rpartition(".")[2]
+        words["release"] = '"release": "%s"' % new.rpartition(".")[2]
         words["configuration"] = self.configuration
         quoted = {key: shlex.quote(text) for key, text in words.items()}
         unproven = LEADS_TO_OLD.format(port=port, weight=WEIGHT, **quoted) if port else "true"

@@ -46,7 +46,7 @@ class Host:
         )
 
     def journal(self, release: str = RELEASE) -> None:
-        self.store.write("transition.json", {"step": "start", "record": {"release": release}})
+        self.store.write("transition.json", {"step": "start", "record": {"release": release}, "from": RELEASE})
 
     def start(self, port: int = OLD_PORT) -> subprocess.Popen[bytes]:
         script = self.guard.script(OLD, NEW, 9, port)

@@ -118,11 +118,14 @@ class World:
     def guard_acts(self) -> None:
         """The run is over, however it ended, and with it its lock."""
         transition, orders = self.path / "lib/ai-prod/transition.json", self.path / "guard.json"
-        if not orders.exists() or not transition.exists():
+        if not transition.exists():
+            orders.unlink(missing_ok=True)
+        if not orders.exists():
             return
         order = json.loads(orders.read_text())
+        orders.unlink()  # it sees one end of a run
         file = self.proxy.load()["file"]
-        if order["new"].rpartition(".")[2] not in transition.read_text():
+        if order["new"].rpartition(".")[2] != json.loads(transition.read_text())["record"]["release"]:
             return
         if not order["port"] or file["ports"][file["active"]] == order["port"]:
             if order["new"] in self.engine.containers():

@@ -92,6 +92,7 @@ class Releases(RuleBasedStateMachine):
             for lock in self.locks:
                 lock.release()  # as the end of the process would
             self.locks.clear()
+            self.world.guard_acts()
         self.interrupted = False
         return "ok"
 
@@ -101,12 +102,17 @@ class Releases(RuleBasedStateMachine):
         strategy=st.sampled_from(["beside", "beside", "beside", "stop-start"]),
         memory=st.sampled_from(["1g", "512m"]),
         force=st.booleans(),
+        retry_after=st.sampled_from([0, 10]),
     )
-    def release(self, number: int, kill_at: int | None, strategy: str, memory: str, force: bool) -> None:
+    def release(
+        self, number: int, kill_at: int | None, strategy: str, memory: str, force: bool, retry_after: int
+    ) -> None:
         before = self.world.answering()
         if number == 7 and not before:
             number = 3  # a first release is not watched
-        ended = self.run(kill_at, number=number, strategy=strategy, memory=memory, force=force)
+        ended = self.run(
+            kill_at, number=number, strategy=strategy, memory=memory, force=force, proxy_retry_after=retry_after
+        )
         tag = ALL_TAGS[number]
         now = self.world.answering()
         if ended == "ok":
@@ -117,7 +123,7 @@ class Releases(RuleBasedStateMachine):
         if ended == "killed":
             self.expected |= {tag} if number in GOOD else set()
             # one that fades while it is watched by a run that is killed waits for the next run
-            if strategy == "beside" and before not in (None, FADING) and tag != FADING:
+            if before not in (None, FADING) and tag != FADING:
                 assert now, "a kill alone took the service down"
         else:
             self.expected = {now} if now else set()
