@@ -54,7 +54,7 @@ options:
   options:
     description:
       - Mount options. C(nofail) is always added, so that a volume that is away does not keep the host from booting.
-      - V(ro), V(noauto) and V(fail) are refused.
+      - V(ro), V(noauto), V(fail) and V(x-systemd.automount) are refused.
     type: list
     elements: str
     default: [defaults, noatime]
@@ -161,8 +161,8 @@ PACKAGES = {"xfs": "xfsprogs", "ext4": "e2fsprogs"}
 LABEL_LENGTH = {"xfs": 12, "ext4": 16}
 GROWN_BY = 16 * volume.MIB  # smaller differences are the tail that the file system cannot use
 LEAST_INODES = 16
-# They would keep the volume from being mounted for writing, now or at the next boot.
-REFUSED_OPTIONS = ("ro", "noauto", "fail")
+# With them the volume would not be there, for writing, after each boot.
+REFUSED_OPTIONS = ("ro", "noauto", "fail", "x-systemd.automount")
 
 
 class DataVolume:
@@ -237,7 +237,7 @@ class DataVolume:
         if wrong or refused:
             raise VolumeError(
                 f"options hold {(wrong + refused)[0]!r}: each is one mount option without spaces and commas, and "
-                f"{', '.join(REFUSED_OPTIONS)} are refused, because the volume shall be mounted for writing at each boot"
+                f"{', '.join(REFUSED_OPTIONS)} are refused, because the volume shall be there for writing after each boot"
             )
         host_files.parse_mode(self.params["mode"], self.path)
         if not self.module.check_mode:  # where the run before it made the accounts only in check mode
@@ -334,6 +334,10 @@ class DataVolume:
                         self.refusal("an XFS whose making was cut off, and not by this module on this host")
                     )
                 return self.make()  # on a volume that was empty; no kernel has mounted that file system since
+            if not found[0].uuid:
+                raise VolumeError(
+                    f"{self.device} ({self.volume_id}) has no UUID to mount it by: give it one (tune2fs -U random)"
+                )
             self.forget()
             return found[0].uuid
         if kinds:
@@ -465,7 +469,10 @@ class DataVolume:
         if os.path.isdir(os.path.join(self.places.run, "systemd/system")):  # it makes its mount units of fstab
             self.must(["systemctl", "daemon-reload"], "systemd did not read fstab")
         if self.mounted() and any(_live(other.options) != _live(entry.options) for other in replaced):
-            self.must(["mount", "--fstab", self.places.fstab, "-o", "remount", self.path], f"{self.path} did not take its new mount options")
+            self.must(
+                ["mount", "--fstab", self.places.fstab, "-o", "remount", self.path],
+                f"{self.path} did not take its new mount options",
+            )
 
     def check_entry(self, other: volume.Entry, uuid: str) -> None:
         """Refuse to replace an entry that belongs to something else."""
@@ -570,7 +577,7 @@ class DataVolume:
     def only_one(self, name: str) -> Iterator[None]:
         """Keep a second run away from the same volume, or the same file."""
         folder = os.path.join(self.places.run, "nemo/data_volume")
-        os.makedirs(folder, mode=0o755, exist_ok=True)
+        os.makedirs(folder, mode=0o700, exist_ok=True)  # others could take the lock
         with open(os.path.join(folder, f"{name}.lock"), "a+", encoding="utf-8") as lock:
             deadline = time.monotonic() + self.params["lock_timeout"]
             while True:

@@ -55,7 +55,7 @@ class FakeModule:
         return f"/usr/sbin/{name}"
 
     def atomic_move(self, source: str, target: str) -> None:
-        Path(source).replace(target)
+        self._run(["atomic_move", source, target])
 
 
 class Host:
@@ -146,6 +146,10 @@ class Host:
     def do_blkid(self, argv: Sequence[str]) -> tuple[int, str, str]:
         uuid = argv[argv.index("--match-token") + 1].removeprefix("UUID=")
         return 0, "\n".join(device for device, made in self.made.items() if made["uuid"] == uuid), ""
+
+    def do_atomic_move(self, argv: Sequence[str]) -> tuple[int, str, str]:
+        Path(argv[1]).replace(argv[2])
+        return 0, "", ""
 
     def do_systemctl(self, _: Sequence[str]) -> tuple[int, str, str]:
         return 0, "", ""
@@ -318,6 +322,7 @@ class TestRefusals:
             ({"label": "thirteen-long"}, r"label 'thirteen-long' does not fit xfs: up to 12"),
             ({"label": "a b"}, r"label 'a b' does not fit"),
             ({"options": ["ro"]}, r"options hold 'ro'"),
+            ({"options": ["x-systemd.automount"]}, r"options hold 'x-systemd.automount'"),
             ({"options": ["noatime,nodev"]}, r"options hold 'noatime,nodev'"),
             ({"options": ["defaults", ""]}, r"options hold ''"),
             ({"mode": "755"}, r"mode '755' must be a quoted octal"),
@@ -554,7 +559,7 @@ class TestKilled:
             assert (host.made[str(device)]["size"], whole in (None, result["uuid"])) == (SIZE, True)
             assert host.mountinfo.read_text().count(str(host.path)) == 1
             assert not host(filesystem=filesystem)["changed"]
-        assert kills >= 5
+        assert kills >= 7
 
     def test_after_mkfs_was_done_and_before_the_run_knew(self, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
         """The note is still there; the file system is complete, and somebody may have put data on it since."""
@@ -706,6 +711,15 @@ class TestDisksThatHoldSomething:
         with pytest.raises(VolumeError, match=rf"nvme1n1 \({ID}\) is not empty: .*{words}.*never formatted"):
             DataVolume(module, host.places).bring()
         assert digest(device) == before
+
+    def test_a_file_system_without_uuid_is_not_mounted(self, host: Host) -> None:
+        device = host.attach()
+        CONTENTS["ext4"][0](device)
+        command("tune2fs", "-U", "clear")(device)
+        with pytest.raises(VolumeError, match="has no UUID to mount it by"):
+            DataVolume(
+                FakeModule(parameters(host.path, filesystem="ext4"), Machine(), check=False), host.places
+            ).bring()
 
     def test_the_other_file_system_is_named(self, host: Host) -> None:
         CONTENTS["ext4"][0](host.attach())
