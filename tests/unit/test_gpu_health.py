@@ -77,7 +77,7 @@ class Host:
         self.user = 0
         self.watchdog = folder / "state.json"
         self.watchdog.write_text(json.dumps(WATCHDOG))
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "host": "vllm", "metrics_path": str(folder / "gpu.prom"), "interval": 60, "listen": "127.0.0.1:9836",
             "watchdog_state": str(self.watchdog), "container_runtime": "nvidia", "temperature_limit": 85,
         }  # fmt: skip
@@ -272,7 +272,7 @@ class TestServer:
         page.write_text("up 1\n")
 
         def ask(request: str) -> SimpleNamespace:
-            argv = [sys.executable, "-I", FILES / "gpu_metrics_http.py", page]
+            argv = [sys.executable, "-I", str(FILES / "gpu_metrics_http.py"), str(page)]
             done = subprocess.run(argv, input=request.encode(), capture_output=True, check=True, timeout=30)
             head, _blank, body = done.stdout.decode().partition("\r\n\r\n")
             return SimpleNamespace(status=int(head.split()[1]), head=head, body=body, page=page)

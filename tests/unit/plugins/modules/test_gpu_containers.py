@@ -195,7 +195,7 @@ def test_a_second_run_asks_little(host: Host, act: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda host: (setattr(host, "loaded", "580.105.08"), setattr(host, "libraries", "580.105.08")),
+        lambda host: setattr(host, "loaded", "580.105.08"),
         lambda host: host.runtimes.update(nvidia={"path": "/elsewhere"}),
     ],
 )
