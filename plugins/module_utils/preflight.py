@@ -266,6 +266,8 @@ def _services(inventory: Inventory) -> list[Problem]:
         if allowed is None or allowed < 1:
             found.append(Problem(f"nemo_services: {name} has hosts {service['hosts']!r}", "allowed: 1 or more"))
             allowed = len(hosts)
+        if not isinstance(service.get("follow", False), bool):
+            found.append(Problem(f"nemo_services: {name} has follow {service['follow']!r}", "allowed: true or false"))
         if not hosts:
             found.append(
                 Problem(

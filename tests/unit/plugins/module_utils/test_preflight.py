@@ -194,6 +194,7 @@ def test_wrong_type_in_the_catalogue_is_no_exception(key: str, value: Any) -> No
         (services(hosts="two"), "nemo_services: ai-dev has hosts 'two'"),
         (services(hosts=-1), "nemo_services: ai-dev has hosts -1"),
         (services(hosts=True), "nemo_services: ai-dev has hosts True"),
+        (services(follow="false"), "nemo_services: ai-dev has follow 'false'"),
         (services(secrets="hush-hush"), "nemo_services: ai-dev has secrets of type str"),
         (replace(GOOD, services={**GOOD.services, "ai-dev": None}), "nemo_services: ai-dev is empty"),
         (replace(GOOD, services={**GOOD.services, "ai-dev": "text"}), "nemo_services: ai-dev is of type str"),
