@@ -43,7 +43,7 @@ class Server(BaseHTTPRequestHandler):
     hold = threading.Event()
 
     def do_GET(self) -> None:
-        text = f'# HELP x\nvllm:generation_tokens_total{{model_name="m"}} {type(self).tokens}\nvllm:prompt_tokens_total 5.0\n'
+        text = f'# HELP x\nvllm:generation_tokens_total{{model_name="m"}} {type(self).tokens}\nvllm:prompt_tokens_total {len(self.asked)}\n'
         text += f'vllm:request_success_total{{finished_reason="abort",model_name="m"}} {len(self.asked)}\n'
         self.answer(200, text if self.mood != "silent" else "")
 

@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FORMAT = 2  # of container_release's state.json
-# Of work that the engine has done. Its count of requests also grows by those that were given up, such as the question of this program.
-COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
+# Of work that is done. Counts of requests and prompts also grow by what is given up, such as the question of this program.
+COUNTER = "vllm:generation_tokens_total"
 METRICS_TIMEOUT = 5
 # Seconds for a docker command, and for a restart to end what does not end by itself.
 DOCKER_TIMEOUT = 60
@@ -171,7 +171,7 @@ class Watchdog:
         return Answer(False, reason, 400 <= answer.status < 500 and answer.status not in (408, 429))
 
     def counted(self, release: dict[str, Any]) -> float | None:
-        """Tokens that the engine has counted; None where it does not say."""
+        """Tokens that the engine has generated; None where it does not say."""
         connection = http.client.HTTPConnection("127.0.0.1", int(release["host_port"]), timeout=METRICS_TIMEOUT)
         try:
             connection.request("GET", "/metrics", headers={"Connection": "close"})
@@ -181,9 +181,9 @@ class Watchdog:
             return None
         finally:
             connection.close()
-        found = re.findall(r"^(%s)(?:\{[^}]*\})? (\S+)" % "|".join(COUNTERS), text, re.MULTILINE)
+        found = re.findall(r"^%s(?:\{[^}]*\})? (\S+)" % COUNTER, text, re.MULTILINE)
         try:
-            return sum(float(value) for _name, value in found) if found else None
+            return sum(map(float, found)) if found else None
         except ValueError:
             return None
 
@@ -252,7 +252,7 @@ class Watchdog:
         if after is not None:
             self.state["counted"] = after
         if moved:
-            return self.quiet("busy: %s, and it counts tokens meanwhile" % answer.reason)
+            return self.quiet("busy: %s, and it generates tokens meanwhile" % answer.reason)
         if answer.asks_in_vain:
             self.state["strikes"] = 0
             return self.say("failing", "%s; a restart does not mend that" % answer.reason)
