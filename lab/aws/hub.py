@@ -68,9 +68,10 @@ def answer(request: Any, root: pathlib.Path) -> None:
         BEHAVIOUR.requests += 1
     if BEHAVIOUR.take("fail"):
         return _send(request, 503, b"", {"Retry-After": "1"})
-    found = re.fullmatch(rf"{PREFIX}/cdn/([^/]+/[^/]+)/([0-9a-f]{{40}})/(.+)", path)
+    found = re.fullmatch(rf"{PREFIX}/cdn/([^/]+/[^/]+)/([0-9a-f]{{40}})/([0-9a-f]{{64}})/(.+)", path)
     if found:  # a signed address needs no token
-        return _file(request, root / "hub" / found[1] / found[2] / found[3], large=True)
+        known = {"X-Repo-Commit": found[2], "ETag": f'"{found[3]}"'}
+        return _file(request, root / "hub" / found[1] / found[2] / found[4], known, large=True)
     given = request.headers.get("Authorization", "")
     if given and given != f"Bearer {TOKEN}":
         return _error(request, 401, "", "Invalid credentials in Authorization header")
@@ -96,10 +97,12 @@ def answer(request: Any, root: pathlib.Path) -> None:
     if not entry:
         return _error(request, 404, "EntryNotFound", "Entry not found")
     if "lfs" in entry:
-        location = f"{PREFIX}/cdn/{found[1]}/{commit}/{urllib.parse.quote(name)}?Signature=lab"
-        linked = {"X-Linked-Etag": f'"{entry["lfs"]["oid"]}"', "X-Linked-Size": str(entry["size"])}
+        digest = entry["lfs"]["oid"]
+        location = f"{PREFIX}/cdn/{found[1]}/{commit}/{digest}/{urllib.parse.quote(name)}?Signature=lab"
+        linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(entry["size"])}
         return _send(request, 302, b"", {"Location": location, "X-Repo-Commit": commit, **linked})
-    return _file(request, root / "hub" / found[1] / commit / name, large=False)
+    known = {"X-Repo-Commit": commit, "ETag": f'"{entry["oid"]}"'}
+    return _file(request, root / "hub" / found[1] / commit / name, known, large=False)
 
 
 def _control(request: Any) -> None:
@@ -118,7 +121,7 @@ def _repository(root: pathlib.Path, name: str) -> Any:
     return json.loads(description.read_bytes())
 
 
-def _file(request: Any, path: pathlib.Path, large: bool) -> None:
+def _file(request: Any, path: pathlib.Path, headers: dict[str, str], large: bool) -> None:
     if ".." in path.parts or not path.is_file():
         return _error(request, 404, "EntryNotFound", "Entry not found")
     size = path.stat().st_size
@@ -129,6 +132,8 @@ def _file(request: Any, path: pathlib.Path, large: bool) -> None:
     request.send_response(206 if start else 200)
     if start:
         request.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+    for name, value in headers.items():
+        request.send_header(name, value)
     request.send_header("Content-Type", "application/octet-stream")
     request.send_header("Content-Length", str(size - start))
     request.end_headers()

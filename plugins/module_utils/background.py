@@ -86,6 +86,7 @@ class Background:
                 self.killed += 1
                 if self.killed > RESTARTS:
                     raise WorkError("killed", "its process was ended %d times from outside" % self.killed)
+                self.progress.say("its process was ended from outside; another one goes on")
         except BaseException:
             self.lock.release()
             raise
@@ -125,7 +126,8 @@ class Background:
 
     def _work(self, work: Work) -> None:
         by = os.environ.get("SUDO_USER") or "root"
-        self.lock.sign({"by": by, "since": utc_now(), "pid": os.getpid(), "what": os.path.basename(self.outcome_path)})
+        what = os.path.basename(self.progress.path)
+        self.lock.sign({"by": by, "since": utc_now(), "pid": os.getpid(), "what": what})
         error: dict[str, str] | None = None
         try:
             work()
