@@ -59,6 +59,7 @@ class Background:
                 if found is not None:
                     return found
                 try:
+                    self._forget()
                     work = prepare()
                 except BaseException:
                     self.lock.release()
@@ -111,12 +112,15 @@ class Background:
             return None
         return data if isinstance(data, dict) else None
 
-    def _start(self, work: Work) -> None:
-        """The worker, which takes the lock with it."""
+    def _forget(self) -> None:
+        """How the worker before ended is nobody's business any more."""
         try:
-            os.unlink(self.outcome_path)  # of the one before
+            os.unlink(self.outcome_path)
         except FileNotFoundError:
             pass
+
+    def _start(self, work: Work) -> None:
+        """The worker, which takes the lock with it."""
         descriptor = self.lock.descriptor
         assert descriptor is not None
         try:

@@ -70,6 +70,8 @@ attributes:
   diff_mode:
     description: The reference that would come.
     support: full
+notes:
+  - Where logind ends what users leave behind (C(KillUserProcesses=yes)), the process ends with the connection, and the next run goes on.
 requirements:
   - The C(docker) command, 20.10 or newer, with the credentials of whoever runs the module (root's for C(become))
 """
