@@ -1068,9 +1068,11 @@ class Releaser:
                 if now - good >= settle:
                     break
             else:
-                if problem != shown:
+                # A connection that fails does so in many ways while a release starts, and all say the same.
+                kind = problem if problem.startswith("it") else "no answer"
+                if kind != shown:
                     self.say("not healthy yet: %s" % problem)
-                    shown = problem
+                    shown = kind
                 good = None
                 if phases.due(now):
                     # Not what it said when it ran before.
