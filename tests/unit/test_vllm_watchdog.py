@@ -53,6 +53,7 @@ class Server(BaseHTTPRequestHandler):
         if self.mood == "busy":
             type(self).tokens += 50
         if self.mood in ("hang", "busy", "silent"):
+            type(self).tokens += 1  # of the question itself, when it is given up
             type(self).hold.wait(5)
             return
         if self.mood == "good":

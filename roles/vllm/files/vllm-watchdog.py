@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 FORMAT = 2  # of container_release's state.json
 # Of work that is done. Counts of requests and prompts also grow by what is given up, such as the question of this program.
 COUNTER = "vllm:generation_tokens_total"
+OWN_TOKENS = 1  # may be counted for a question that was given up
 METRICS_TIMEOUT = 5
 # Seconds for a docker command, and for a restart to end what does not end by itself.
 DOCKER_TIMEOUT = 60
@@ -247,7 +248,7 @@ class Watchdog:
             return self.quiet("it has been loading for %d s" % age)
         after = self.counted(release)
         moved = after is not None and any(
-            then is not None and after > then for then in (before, self.state.get("counted"))
+            then is not None and after > then + OWN_TOKENS for then in (before, self.state.get("counted"))
         )
         if after is not None:
             self.state["counted"] = after
