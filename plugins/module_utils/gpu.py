@@ -198,13 +198,12 @@ def _libraries(root: str) -> str:
 def _packages(root: str, run: Runner) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Installed packages of the driver and of kernels, and whether each is held at its version."""
     shown = "${db:Status-Want} ${db:Status-Status} ${Package} ${Version}\n"
-    code, out, _err = run(["dpkg-query", "--show", "--showformat", shown, *PACKAGES, *KERNELS])
+    _code, out, _err = run(["dpkg-query", "--show", "--showformat", shown, *PACKAGES, *KERNELS])
     found: list[dict[str, Any]] = []
-    if code != 127:
-        for row in (line.split() for line in out.splitlines()):
-            if len(row) == 4 and row[1] not in ("not-installed", "config-files"):
-                found.append({"name": row[2], "version": row[3], "held": row[0] == "hold"})
-    else:
+    for row in (line.split() for line in out.splitlines()):
+        if len(row) == 4 and row[1] not in ("not-installed", "config-files"):
+            found.append({"name": row[2], "version": row[3], "held": row[0] == "hold"})
+    if not found:
         shown = "%{NAME} %{VERSION}-%{RELEASE}\n"
         _code, out, _err = run(["rpm", "--query", "--all", "--queryformat", shown, *PACKAGES, *KERNELS])
         locks = _read(root, "etc/dnf/plugins/versionlock.list").splitlines()
