@@ -47,6 +47,7 @@ class FakeModule:
         self, params: dict[str, Any], run: Callable[[Sequence[str]], tuple[int, str, str]], check: bool
     ) -> None:
         self.params, self._run, self.check_mode = params, run, check
+        self.step: Callable[[Sequence[str]], None] = lambda _: None
 
     def run_command(self, argv: Sequence[str], pass_fds: Sequence[int] | None = None) -> tuple[int, str, str]:
         return self._run(argv)
@@ -55,7 +56,8 @@ class FakeModule:
         return f"/usr/sbin/{name}"
 
     def atomic_move(self, source: str, target: str) -> None:
-        self._run(["atomic_move", source, target])
+        self.step(["atomic_move", source, target])
+        Path(source).replace(target)
 
 
 class Host:
@@ -106,15 +108,19 @@ class Host:
         return next((device for device, made in self.made.items() if made[what] == value), "")
 
     def run(self, argv: Sequence[str]) -> tuple[int, str, str]:
-        self.calls.append(list(argv))
-        if len(self.calls) == self.kill_at:  # half of what the command does
-            if argv[0] == "mkfs.xfs":
-                self.do_mkfs(argv, done=False)
-            raise Killed
+        self.step(argv)
         if argv[0] in self.answers:
             return self.answers[argv[0]]
         done: tuple[int, str, str] = getattr(self, f"do_{argv[0].partition('.')[0]}")(argv)
         return done
+
+    def step(self, argv: Sequence[str]) -> None:
+        """Something that the module does, and before or amid which it may be killed."""
+        self.calls.append(list(argv))
+        if len(self.calls) == self.kill_at:
+            if argv[0] == "mkfs.xfs":  # half of what it does
+                self.do_mkfs(argv, done=False)
+            raise Killed
 
     def do_wipefs(self, argv: Sequence[str]) -> tuple[int, str, str]:
         made = self.made.get(argv[-1])
@@ -147,10 +153,6 @@ class Host:
         uuid = argv[argv.index("--match-token") + 1].removeprefix("UUID=")
         return 0, "\n".join(device for device, made in self.made.items() if made["uuid"] == uuid), ""
 
-    def do_atomic_move(self, argv: Sequence[str]) -> tuple[int, str, str]:
-        Path(argv[1]).replace(argv[2])
-        return 0, "", ""
-
     def do_systemctl(self, _: Sequence[str]) -> tuple[int, str, str]:
         return 0, "", ""
 
@@ -175,7 +177,9 @@ class Host:
 
     def __call__(self, check: bool = False, **inputs: Any) -> dict[str, Any]:
         """One run of the module."""
-        return DataVolume(FakeModule(parameters(self.path, **inputs), self.run, check), self.places).bring()
+        module = FakeModule(parameters(self.path, **inputs), self.run, check)
+        module.step = self.step
+        return DataVolume(module, self.places).bring()
 
     @property
     def formatted(self) -> int:
@@ -585,7 +589,7 @@ class TestKilled:
     @pytest.mark.parametrize("kind", ["LVM2_member", "ext4", "crypto_LUKS"])
     def test_a_note_is_no_leave_to_format_what_came_since(self, host: Host, kind: str) -> None:
         device = str(host.attach())
-        host.kill_at = 2
+        host.kill_at = 3  # mkfs
         with pytest.raises(Killed):
             host()
         host.kill_at = -1
