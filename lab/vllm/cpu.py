@@ -15,12 +15,12 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from lab import image
-from lab.aws import deb, images, payload
-from lab.aws.registry import Blob
+from lab.aws import deb, images, layers, payload
+from lab.aws.registry import Blob, digest_of
 from lab.console import LabError, say, step
 from lab.run import run
 from lab.settings import CACHE
@@ -35,13 +35,14 @@ SITE = "opt/vllm/site"
 # What serves to compile more of it, or to test it.
 LEFT_OUT = ("bin", "torch/include", "torch/share", "numpy/*/tests", "sympy/*/tests", "numba/tests")
 
-COMMAND = f"""#!/usr/bin/python3
+# Its engine is a process of its own, which reads this program again and must not start one more.
+COMMAND = """#!/usr/bin/python3
 import sys
 
-sys.path.insert(0, "/{SITE}")
 from vllm.entrypoints.cli.main import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())
 """
 # The program asks for its version by the name of the package that is built for GPUs.
 METADATA = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}\n"
@@ -53,11 +54,15 @@ def ensure() -> str:
         raise LabError(f"VLLM=cpu: vLLM for CPUs is pinned for x86_64, and this machine is {payload.machine()}")
     root = image.archive()
     base, base_diff = _layer("base", root.name, lambda file: _copy(root, file))
-    numa = _numa()
-    contents = [TORCH, (HERE / "requirements.txt").read_text(), *LEFT_OUT, SITE, COMMAND, METADATA, numa.name]
-    site, site_diff = _layer("site", "\n".join(contents), lambda file: _site(numa, file))
+    contents = [TORCH, (HERE / "requirements.txt").read_text(), *LEFT_OUT, SITE]
+    site, site_diff = _layer("site", "\n".join(contents), _site)
+    program = _program(_numa())
+    diffs = [base_diff, site_diff, digest_of(program)]
     repository = dataclasses.replace(images.VLLM, program="Python packages", configuration=_configuration)
-    made = images.Image([base, site], images.configuration(repository, TAG, "healthy", "amd64", [base_diff, site_diff]))
+    made = images.Image(
+        [base, site, Blob.of(gzip.compress(program, 9, mtime=0))],
+        images.configuration(repository, TAG, "healthy", "amd64", diffs),
+    )
     with step(f"pushing vLLM {VERSION} for CPUs to the registry"):
         images.publish(repository, TAG, made)
     say(f"{repository.name}:{TAG} is {made.digest} (vLLM {VERSION} for CPUs)")
@@ -70,7 +75,7 @@ def _configuration(_tag: str, _behaviour: str) -> dict[str, Any]:
         "Env": [
             "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "PYTHONUNBUFFERED=1",
-            f"PYTHONPATH=/{SITE}",  # for the processes that it starts
+            f"PYTHONPATH=/{SITE}",
             "PYTHONPYCACHEPREFIX=/cache/bytecode",  # else each start compiles some thousand files
             "VLLM_TARGET_DEVICE=cpu",
             "VLLM_NO_USAGE_STATS=1",
@@ -125,31 +130,34 @@ def _copy(source: pathlib.Path, target: Any) -> None:
         shutil.copyfileobj(file, target, 1 << 20)
 
 
-def _site(numa: pathlib.Path, target: Any) -> None:
-    """vLLM, torch and what they need, with the library that both look for, as a tar archive."""
+def _site(target: Any) -> None:
+    """vLLM, torch and what they need, as a tar archive."""
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="vllm-cpu-site-new-") as folder:
         site = pathlib.Path(folder) / "site"
         with step(f"downloading vLLM {VERSION} and torch for CPUs (2 GB, some minutes, once)"):
             _install(site)
         with step("packing them as a layer"), tarfile.open(fileobj=target, mode="w|") as archive:
-            for name, data, mode in _added(numa):
-                archive.addfile(_entry(name, len(data), mode), io.BytesIO(data))
             for path in sorted(site.rglob("*")):
                 if path.is_file():
+                    info = tarfile.TarInfo(f"{SITE}/{path.relative_to(site)}")
+                    info.size, info.mode, info.mtime = path.stat().st_size, 0o644, payload.MTIME
                     with path.open("rb") as file:
-                        archive.addfile(_entry(f"{SITE}/{path.relative_to(site)}", path.stat().st_size, 0o644), file)
+                        archive.addfile(info, file)
 
 
-def _added(numa: pathlib.Path) -> Iterator[tuple[str, bytes, int]]:
-    """What is no Python package: path, contents and mode."""
-    yield "usr/bin/vllm", COMMAND.encode(), 0o755
-    yield f"{SITE}/vllm-{VERSION}.dist-info/METADATA", METADATA.encode(), 0o644
+def _program(numa: pathlib.Path) -> bytes:
+    """What is no Python package: the command, what it takes for its version, and a library."""
+    files = {
+        "usr/bin/vllm": (COMMAND.encode(), 0o755),
+        f"{SITE}/vllm-{VERSION}.dist-info/METADATA": (METADATA.encode(), 0o644),
+    }
     with deb.contents(numa) as archive:
         for info in archive:
             name = pathlib.PurePosixPath(info.name).name
             file = archive.extractfile(info) if info.isfile() and name.startswith("libnuma.so.1") else None
             if file:
-                yield "usr/lib/x86_64-linux-gnu/libnuma.so.1", file.read(), 0o644
+                files["usr/lib/x86_64-linux-gnu/libnuma.so.1"] = (file.read(), 0o644)
+    return layers.archive(files, folders={"vllm-workspace": 0o755})
 
 
 def _numa() -> pathlib.Path:
@@ -176,9 +184,3 @@ def _install(site: pathlib.Path) -> None:
     for pattern in LEFT_OUT:
         for path in site.glob(pattern):
             shutil.rmtree(path)
-
-
-def _entry(path: str, size: int, mode: int) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(path)
-    info.size, info.mode, info.mtime = size, mode, payload.MTIME
-    return info
