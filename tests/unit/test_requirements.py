@@ -29,7 +29,7 @@ def test_same_as_the_collection_asks_for() -> None:
     assert yaml.safe_load((ROOT / "galaxy.yml").read_text())["dependencies"] == REQUIREMENTS
 
 
-LOCKS = ("requirements/controller", "requirements/dev", "lab/aws/requirements")
+LOCKS = ("requirements/controller", "requirements/dev", "lab/aws/requirements", "lab/vllm/requirements")
 
 
 def pins(file: str, name: str) -> list[str]:
@@ -64,9 +64,10 @@ def test_lock_has_hashes_and_comes_from_make_lock(lock: str) -> None:
     assert lock in (ROOT / "scripts/lock").read_text()
 
 
-def test_the_lock_of_the_lab_has_no_markers() -> None:
+@pytest.mark.parametrize("lock", [lock for lock in LOCKS if lock.startswith("lab/")])
+def test_the_locks_of_the_lab_have_no_markers(lock: str) -> None:
     """pip would judge them by the machine's Python, not by that of the lab's hosts."""
-    assert not re.findall(r"^[^#\n]*;.*", (ROOT / "lab/aws/requirements.txt").read_text(), re.MULTILINE)
+    assert not re.findall(r"^[^#\n]*;.*", (ROOT / f"{lock}.txt").read_text(), re.MULTILINE)
 
 
 def test_link_to_the_checkout() -> None:

@@ -14,7 +14,6 @@ from lab.aws import images, layers, seed
 from lab.aws.registry import Blob
 from lab.console import LabError
 
-
 EVERY = list(images.REPOSITORIES.values())
 
 
