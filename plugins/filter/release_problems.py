@@ -70,6 +70,18 @@ def number(value: Any, kind: Callable[[Any], Any]) -> Any:
         return value
 
 
+def wrong_elements(value: Any, elements: str, label: str) -> list[str]:
+    """What is wrong with a list; again without its values."""
+    kind, allowed = (Mapping, "names with their values") if elements == "dict" else (str, "text")
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        return [f"{label} is a {type_name(value)}; allowed: a list, each entry {allowed}"]
+    return [
+        f"{label}[{number}] is a {type_name(entry)}; allowed: {allowed}"
+        for number, entry in enumerate(value)
+        if not isinstance(entry, kind)
+    ]
+
+
 def wrong_types(service: Mapping[str, Any], label: str) -> list[str]:
     """What is not of the type that the rules below take for granted; numbers are theirs."""
     wrong = []
@@ -80,6 +92,8 @@ def wrong_types(service: Mapping[str, Any], label: str) -> list[str]:
         if kind == "dict" and not isinstance(value, Mapping):
             # without the value, which may be a secret
             wrong.append(f"{label}.{key} is a {type_name(value)}; allowed: names with their values")
+        if kind == "list":
+            wrong += wrong_elements(value, ARGUMENTS[key]["elements"], f"{label}.{key}")
         if kind == "str" and not isinstance(value, str):
             wrong.append(
                 f"{label}.{key} is {value!r}; allowed: {ALLOWED.get(key, 'text, in quotes if it looks like a number')}"
@@ -131,12 +145,10 @@ def of_one(service: Mapping[str, Any], label: str) -> list[str]:
     prefix = service.get("tag_prefix")
     if prefix is not None and not re.match(TAG_PREFIX, prefix):
         wrong.append(f"{label}.tag_prefix is {prefix!r}; allowed: {ALLOWED['tag_prefix']}")
-    if not (prefix or service.get("tag_pattern") or service.get("tag")):
+    if not (prefix or service.get("tag_pattern") or service.get("tag") or service.get("digest")):
         wrong.append(f"{label} says no tag; allowed: one of tag_prefix, tag_pattern and tag")
     if problem := tag_problem(service):
         wrong.append(f"{label}{problem}")
-    if service.get("digest") and not service.get("tag"):
-        wrong.append(f"{label}.digest is set without tag; allowed: both, or tag alone")
     return wrong
 
 

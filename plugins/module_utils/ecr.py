@@ -69,8 +69,31 @@ def _active(images: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [image for image in images if image.get("imageStatus", "ACTIVE") == "ACTIVE"]
 
 
-def choose(images: Iterable[dict[str, Any]], repository: str, rule: TagRule | None, pin: str | None = None) -> Choice:
+def _tag_of(images: Iterable[dict[str, Any]], repository: str, digest: str, rule: TagRule | None) -> str:
+    """The tag to call an image by that is asked for by its digest: the newest by the rule, or else any."""
+    image = next((image for image in images if image["imageDigest"] == digest), None)
+    if image is None:
+        raise EcrError(f"repository {repository!r} has no image with the digest {digest}")
+    tags = sorted(image.get("imageTags") or [])
+    if not tags:
+        raise EcrError(
+            f"the image {digest} of repository {repository!r} has no tag; give it one, or name one beside the digest"
+        )
+    return ([tag for tag in tags if rule is not None and matches(tag, rule)] or tags)[-1]
+
+
+def choose(
+    images: Iterable[dict[str, Any]],
+    repository: str,
+    rule: TagRule | None,
+    pin: str | None = None,
+    digest: str | None = None,
+) -> Choice:
     """Choose the pinned tag, or the newest by the text of the tag: push times change when an image is pushed again."""
+    if digest:
+        images = list(images)
+        pin = _tag_of(_active(images), repository, digest, rule)
+        rule = rule if rule is not None and matches(pin, rule) else None
     if rule is None and not pin:
         raise EcrError("one of tag, tag_prefix and tag_pattern is needed")
     if pin and rule is not None and not matches(pin, rule):

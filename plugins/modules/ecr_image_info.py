@@ -43,6 +43,10 @@ options:
   tag:
     description: This tag and no other. It must follow the rule if one is given as well.
     type: str
+  digest:
+    description: The image with this digest, under the newest of its tags that follows the rule, or another one where none does.
+    type: str
+    version_added: 0.2.0
   profile:
     description: Named AWS profile. Default is what boto3 finds in the environment of the controller.
     type: str
@@ -184,7 +188,7 @@ def run(params: dict[str, Any]) -> dict[str, Any]:
                 " check repository, nemo_account_id and nemo_region"
             ) from error
         raise ecr.EcrError(aws_advice.explain(error, region, params["endpoint_url"])) from error
-    choice = ecr.choose(images, repository, rule, params["tag"])
+    choice = ecr.choose(images, repository, rule, params["tag"], params.get("digest"))
     return ecr.result(choice, registry_name(images, registry_id, region), repository)
 
 
@@ -199,13 +203,14 @@ def main() -> None:
             "tag_prefix": {"type": "str"},
             "tag_pattern": {"type": "str"},
             "tag": {"type": "str"},
+            "digest": {"type": "str"},
             "profile": {"type": "str"},
             "access_key": {"type": "str"},
             "secret_key": {"type": "str", "no_log": True},
             "session_token": {"type": "str", "no_log": True},
         },
-        mutually_exclusive=[("tag_prefix", "tag_pattern"), ("profile", "access_key")],
-        required_one_of=[("tag", "tag_prefix", "tag_pattern")],
+        mutually_exclusive=[("tag_prefix", "tag_pattern"), ("tag", "digest"), ("profile", "access_key")],
+        required_one_of=[("tag", "digest", "tag_prefix", "tag_pattern")],
         required_together=[("access_key", "secret_key")],
         supports_check_mode=True,
     )

@@ -7,7 +7,7 @@ import random
 import pytest
 
 DEV = ("--limit", "ai_dev")
-TASKS = 30  # more than a run has; a number past the end lets the run end by itself
+TASKS = 40  # more than a run has; a number past the end lets the run end by itself
 FEWEST = 12  # a run of fewer did not do its work
 SEED = random.SystemRandom().randrange(10_000)
 

@@ -32,7 +32,10 @@ def test_good_services_have_no_problem() -> None:
         ({"port": None}, "services['ai-prod'].port is None; allowed: 1 to 65535"),
         ({"memory": "32m"}, "services['ai-prod'].memory is '32m'; allowed: 64m or more"),
         ({"secrets": {"TOKEN": ""}}, "services['ai-prod'].secrets.TOKEN is empty; allowed: a value that is not empty"),
-        ({"health_path": "x"}, "services['ai-prod'].health_path is 'x'; allowed: a path that begins with /"),
+        (
+            {"health_path": "x"},
+            "services['ai-prod'].health_path is 'x'; allowed: a path that begins with /, without blanks, quotes and #",
+        ),
         ({"health_timeout": "x"}, "services['ai-prod'].health_timeout is 'x'; allowed: a number"),
         (
             {"repository": "A I"},
@@ -43,10 +46,6 @@ def test_good_services_have_no_problem() -> None:
             "services['ai-prod'].tag_prefix is 'a b'; allowed: the beginning of a tag, such as prod",
         ),
         ({"tag_prefix": None}, "services['ai-prod'] says no tag; allowed: one of tag_prefix, tag_pattern and tag"),
-        (
-            {"digest": "sha256:" + "a" * 64},
-            "services['ai-prod'].digest is set without tag; allowed: both, or tag alone",
-        ),
         (
             {"tag": "prod-20261399-1200", "digest": "sha256:" + "a" * 64},
             "services['ai-prod'].tag is 'prod-20261399-1200'; allowed: a tag by the rule prod-YYYYMMDD-HHMM, "
@@ -124,6 +123,11 @@ def test_wrong_type_is_no_exception(key: str, value: Any) -> None:
             [{**GOOD, "environment": "text"}],
             "services['ai-prod'].environment is a str; allowed: names with their values",
         ),
+        (
+            [{**GOOD, "phases": "text"}],
+            "services['ai-prod'].phases is a str; allowed: a list, each entry names with their values",
+        ),
+        ([{**GOOD, "proxy_keys": [5]}], "services['ai-prod'].proxy_keys[0] is a int; allowed: text"),
         ([{**GOOD, "secrets": "hush-hush"}], "services['ai-prod'].secrets is a str; allowed: names with their values"),
         (["text"], "services[0] is a str; allowed: the keys of one service"),
         ("text", "services is a str; allowed: a list of services"),

@@ -75,6 +75,24 @@ def test_pin(aws: Aws) -> None:
     assert found["newer"] == 1
 
 
+def test_digest_is_called_by_a_tag() -> None:
+    images = [
+        {"imageDigest": "sha256:1", "imageTags": ["latest", "prod-20250714-1752", "prod-20250101-0000"]},
+        {"imageDigest": "sha256:2", "imageTags": ["prod-20250718-1040"]},
+        {"imageDigest": "sha256:3", "imageTags": ["hotfix"]},
+        {"imageDigest": "sha256:4"},
+    ]
+    rule = ecr.tag_rule("prod")
+    found = ecr.choose(images, "ai", rule, digest="sha256:1")
+    assert (found.tag, found.image["imageDigest"], found.newer) == ("prod-20250714-1752", "sha256:1", 1)
+    assert ecr.choose(images, "ai", rule, digest="sha256:3").tag == "hotfix"
+    assert ecr.choose(images, "ai", None, digest="sha256:2").tag == "prod-20250718-1040"
+    with pytest.raises(ecr.EcrError, match="has no tag; give it one"):
+        ecr.choose(images, "ai", rule, digest="sha256:4")
+    with pytest.raises(ecr.EcrError, match="has no image with the digest sha256:5"):
+        ecr.choose(images, "ai", rule, digest="sha256:5")
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
