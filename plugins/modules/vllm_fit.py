@@ -227,7 +227,7 @@ def main() -> None:
             )
     shared = ("device", "dtype", "quantization", "kv_cache_dtype", "max_model_len", "gpu_memory_utilization",
               "tensor_parallel_size", "max_lora_rank", "longer_than_model")  # fmt: skip
-    wanted = Wanted(**sizes, **{name: params[name] for name in shared})
+    wanted = Wanted(memory=sizes["memory"], shm_size=sizes["shm_size"], **{name: params[name] for name in shared})
     if module.check_mode and not os.path.isdir(params["model"]):
         text = (
             "%s is not there yet: a run that is no check fetches it, and then looks whether it fits" % params["model"]
