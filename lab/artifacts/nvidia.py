@@ -76,7 +76,7 @@ CONFIG = """[nvidia-container-runtime]
 mode = "auto"
 runtimes = ["runc", "crun"]
 """
-BUILD = '#!/bin/sh\nset -e\n[ "$1" = configure ] || exit 0\ndkms autoinstall\n'
+BUILD = '#!/bin/sh\nset -e\n[ "$1" = configure ] || exit 0\ndkms autoinstall -v {}\n'
 UNBUILD = '#!/bin/sh\nset -e\n[ "$1" != remove ] || dkms remove\n'
 
 
@@ -171,7 +171,7 @@ def drivers(machine: str) -> Iterator[Package]:
         yield Package(
             "nvidia-kernel-open-dkms", whole, f"dkms, firmware-nvidia-gsp (= {whole})",
             {**modules, "usr/lib/nemo-lab/nvidia-module": _stub("nvidia-module"), "etc/modprobe.d/nvidia-lab.conf": MODPROBE},
-            {"postinst": BUILD, "prerm": UNBUILD},
+            {"postinst": BUILD.format(version), "prerm": UNBUILD},
         )  # fmt: skip
         yield Package("firmware-nvidia-gsp", whole, "", {f"usr/lib/firmware/nvidia/{version}/gsp_ga10x.bin": b"stub\n"})
         for name, file in (("libnvidia-ml1", "libnvidia-ml"), ("libcuda1", "libcuda")):

@@ -140,7 +140,7 @@ def main(repository: str, versions: list[str]) -> None:
         for version in versions:
             shop.rpm(
                 "kmod-nvidia-open-dkms", version, shop.files("nvidia-kernel-open-dkms", version), "Requires: dkms",
-                after="dkms autoinstall", before_end="[ $1 -gt 0 ] || dkms remove",
+                after=f"dkms autoinstall -v {version}", before_end="[ $1 -gt 0 ] || dkms remove",
             )  # fmt: skip
             library = shop.files("libnvidia-ml1", version)
             (library / "usr").rename(root / "library")
