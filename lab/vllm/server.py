@@ -123,7 +123,7 @@ TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "size": si
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="vllm serve", usage="vllm serve [model_tag] [options]", allow_abbrev=False)
+    made = argparse.ArgumentParser(prog="vllm serve", usage="vllm serve [model_tag] [options]")
     made.add_argument("model_tag", nargs="?")
     for line in OPTIONS.read_text().splitlines():
         if line.startswith("#"):
@@ -478,6 +478,7 @@ class Engine:
             )
         core("gpu_worker.py:760", f"Available KV cache memory: {gib(available)} GiB")
         each, length = self.model.cache_bytes(), self.model.max_length
+        device = "CPU" if os.environ.get("VLLM_TARGET_DEVICE") == "cpu" else "GPU"
         if each * length > available:
             raise EngineError(
                 "ValueError",
@@ -489,7 +490,7 @@ class Engine:
             )
         core(
             "kv_cache_utils.py:2327",
-            f"GPU KV cache size: {available // each:,} tokens, Maximum concurrency for {length:,} tokens per request: "
+            f"{device} KV cache size: {available // each:,} tokens, Maximum concurrency for {length:,} tokens per request: "
             f"{available / each / length:.2f}x",
         )
 

@@ -145,6 +145,7 @@ def test_the_options_are_those_of_vllm() -> None:
     assert (found.gpu_memory_utilization, found.tensor_parallel_size, found.shutdown_timeout) == (0.9, 2, 30)
     assert found.enable_lora is True
     assert found.enable_log_requests is False
+    assert server.arguments(["serve", "/m", "--max-model-l", "5"]).max_model_len == 5  # as far as it is clear
     assert server.loras(found) == {"one": "/a", "two": "/b"}
 
 
@@ -162,7 +163,8 @@ def test_a_length_is_written_as_people_do(text: str, number: int) -> None:
         (["--max-model-len", "lots"], "vllm serve: error: argument --max-model-len: invalid human_readable_int_or_auto value: 'lots'"),
         (["--dtype", "float33"], "vllm serve: error: argument --dtype: invalid choice: 'float33'"),
         (["--port"], "vllm serve: error: argument --port: expected one argument"),
-        (["--serve-model-name", "x"], "unrecognized arguments: --serve-model-name x"),  # no abbreviations
+        (["--serve-model-name", "x"], "unrecognized arguments: --serve-model-name x"),
+        (["--max-m", "8"], "vllm serve: error: ambiguous option: --max-m could match"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_ends_it_with_status_2(
