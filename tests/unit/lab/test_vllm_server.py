@@ -164,7 +164,7 @@ def test_a_length_is_written_as_people_do(text: str, number: int) -> None:
         (["--dtype", "float33"], "vllm serve: error: argument --dtype: invalid choice: 'float33'"),
         (["--port"], "vllm serve: error: argument --port: expected one argument"),
         (["--serve-model-name", "x"], "unrecognized arguments: --serve-model-name x"),
-        (["--max-m", "8"], "vllm serve: error: ambiguous option: --max-m could match"),
+        (["--max-n", "8"], "vllm serve: error: ambiguous option: --max-n could match"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_ends_it_with_status_2(
