@@ -145,7 +145,7 @@ REFRESH = "nvidia-cdi-refresh"
 LIFETIME = 900
 LIST_CARDS = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
 RELOAD_HINT = (
-    "containers on this host lose the card at each systemctl daemon-reload: see `ls -l /dev/char | grep nvidia`, and where it stays so"
+    "containers on this host lose the card at each systemctl daemon-reload: see `ls -l /dev/char | grep nvidia`, where the card's devices need a name, and where it stays so"
     ' set docker_engine_options: {exec-opts: ["native.cgroupdriver=cgroupfs"]} (nvidia-container-toolkit issue 48)'
 )
 
@@ -236,7 +236,7 @@ class Containers:
             "cards": self.cards,
             "toolkit": self.wanted["version"],
             "engine": self.engine.get("ServerVersion"),
-            "runtime": (self.engine.get("Runtimes") or {}).get(self.wanted["runtime"]),
+            "runtime": ((self.engine.get("Runtimes") or {}).get(self.wanted["runtime"]) or {}).get("path"),
             "image": self.wanted["image"],
         }
 
