@@ -93,7 +93,9 @@ def main(arguments: list[str]) -> None:
     elif arguments == ["system", "create-dev-char-symlinks", "--create-all"]:
         pass  # the card has no device files that could have names
     else:
-        fail(f"the lab's nvidia-ctk knows cdi, system create-dev-char-symlinks and --version, not {' '.join(arguments)!r}")
+        fail(
+            f"the lab's nvidia-ctk knows cdi, system create-dev-char-symlinks and --version, not {' '.join(arguments)!r}"
+        )
 
 
 if __name__ == "__main__":
