@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from lab import engine as engines
 from lab import hosts, image, volume
 from lab.console import LabError, say
+from lab.engine import Engine
 from lab.settings import AWS_HOST, CLUSTER_API, DATABASE, INSTANCES, NETWORK, OPERATORS, STATE
 
 
@@ -79,7 +80,7 @@ def up(_: argparse.Namespace) -> None:
     with only_one():
         engine, ca, mirror_key = _core()
         changed = hosts.up(engine, image.name(), ca, mirror_key)
-        volume.attach(engine)
+        _attach_volumes(engine)
     say("the lab is up" if changed else "the lab was up already")
 
 
@@ -103,7 +104,13 @@ def rebuild(arguments: argparse.Namespace) -> None:
         engine, ca, mirror_key = _core()
         engine("rm", "--force", "--volumes", f"nemo-lab-{arguments.host}", check=False)
         hosts.up(engine, image.name(), ca, mirror_key)
-        volume.attach(engine)
+        _attach_volumes(engine)
+
+
+def _attach_volumes(engine: Engine) -> None:
+    for host in volume.attach(engine):
+        engine("restart", host.container)
+        hosts.wait_for_boot(engine, host.container)
 
 
 def volumes(arguments: argparse.Namespace) -> None:

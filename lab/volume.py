@@ -26,14 +26,18 @@ RestartSec=1
 [Install]
 WantedBy=multi-user.target
 """
-# An account that was seeded anew calls the volume by another id: it is the same one.
+# An account that was seeded anew calls the volume by another id: it is the same one. It may be mounted under the old one, so
+# that only a boot brings it back under the new one.
 ATTACH = f"""set -eu
 mkdir -p {IMAGES}
 cd {IMAGES}
 for old in vol-*.img; do
   if [ -e "$old" ] && [ "$old" != "$1.img" ]; then
-    systemctl disable --quiet --now "nemo-lab-volume@${{old%.img}}.service"
+    systemctl disable --quiet "nemo-lab-volume@${{old%.img}}.service"
     mv "$old" "$1.img"
+    systemctl enable --quiet "nemo-lab-volume@$1.service"
+    echo boot
+    exit
   fi
 done
 systemctl enable --quiet --now "nemo-lab-volume@$1.service"
@@ -74,10 +78,10 @@ def attached(host: Host) -> str:
     return str(found[0]["VolumeId"])
 
 
-def attach(engine: Engine) -> None:
-    """Give each host its volume, under the id that the account knows; one that has it keeps it."""
-    for host in hosts():
-        engine.exec(host.container, ["sh", "-c", ATTACH, "attach", attached(host)])
+def attach(engine: Engine) -> list[Host]:
+    """Give each host its volume, under the id that the account knows; one that has it keeps it. Who must boot for it."""
+    said = {host: engine.exec(host.container, ["sh", "-c", ATTACH, "attach", attached(host)]) for host in hosts()}
+    return [host for host, text in said.items() if text.strip() == "boot"]
 
 
 def grow(engine: Engine, gib: int) -> str:

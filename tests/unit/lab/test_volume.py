@@ -99,8 +99,8 @@ def test_a_volume_keeps_its_contents_under_a_new_id(tmp_path: Path) -> None:
     (tmp_path / "volumes/vol-1.img").write_text("data")
     assert script(volume.ATTACH, tmp_path, "vol-1") == ["enable --quiet --now nemo-lab-volume@vol-1.service"]
     assert script(volume.ATTACH, tmp_path, "vol-2") == [
-        "disable --quiet --now nemo-lab-volume@vol-1.service",
-        "enable --quiet --now nemo-lab-volume@vol-2.service",
+        "disable --quiet nemo-lab-volume@vol-1.service",
+        "enable --quiet nemo-lab-volume@vol-2.service",
     ]
     assert [path.name for path in (tmp_path / "volumes").iterdir()] == ["vol-2.img"]
     assert (tmp_path / "volumes/vol-2.img").read_text() == "data"
