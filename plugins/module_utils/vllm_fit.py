@@ -247,7 +247,7 @@ def memory_findings(
     numbers["weights"] = weights
     whole = "%s (%s x vllm_gpu_memory_utilization %s)" % (gib(share), name, wanted.gpu_memory_utilization)
     if weights > share:
-        text = "the weights take %s of each card, of which vLLM may use %s: %s"
+        text = "weights of %s for each card are more than the %s that vLLM may use: %s"
         found.append(error("memory", text % (gib(weights), whole, smaller(weights + overhead, total, wanted))))
         return found, numbers
     element = memory.cache_element(config, wanted.kv_cache_dtype, wanted.dtype)

@@ -247,7 +247,9 @@ def main() -> None:
             module.warn(finding.text)
     if wrong:
         module.fail_json(
-            msg="%s does not fit: %s" % (os.path.basename(os.path.dirname(params["model"])), "; ".join(wrong)), **result
+            msg="%s: %s does not fit: %s"
+            % (params["service"], os.path.basename(os.path.dirname(params["model"])), "; ".join(wrong)),
+            **result,
         )
     module.exit_json(**result)
 

@@ -243,10 +243,11 @@ class Watchdog:
         if answer.good:
             self.state.update(strikes=0, proven=True, counted=self.counted(release))
             return self.say("ok", "")
-        age = self.clock() - seconds_of(box.started)
-        if not self.state.get("proven") and age < float(self.config["load_timeout"]):
-            return self.quiet("it has been loading for %d s" % age)
         after = self.counted(release)
+        age = self.clock() - seconds_of(box.started)
+        # Its other pages answer from when the model is loaded.
+        if after is None and not self.state.get("proven") and age < float(self.config["load_timeout"]):
+            return self.quiet("it has been loading for %d s" % age)
         moved = after is not None and any(
             then is not None and after > then + OWN_TOKENS for then in (before, self.state.get("counted"))
         )

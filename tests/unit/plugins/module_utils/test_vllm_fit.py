@@ -225,12 +225,14 @@ class TestMemory:
 
     def test_14b_only_quantised(self) -> None:
         (text,) = errors(findings(QWEN_14B, QWEN_14B_BYTES))
-        assert text.startswith("the weights take 27.5 GiB of each card, of which vLLM may use 19.8 GiB")
+        assert text.startswith("weights of 27.5 GiB for each card are more than the 19.8 GiB (NVIDIA A10G x")
         assert "quantised" in text
         assert findings(QWEN_14B_AWQ, QWEN_14B_AWQ_BYTES, dtype="half") == []
 
     def test_70b_on_one_card_and_on_eight(self) -> None:
-        assert errors(findings(LLAMA_70B, LLAMA_70B_BYTES))[0].startswith("the weights take 131.4 GiB of each card")
+        assert errors(findings(LLAMA_70B, LLAMA_70B_BYTES))[0].startswith(
+            "weights of 131.4 GiB for each card are more than"
+        )
         eight = HOST._replace(gpu={**GPU, "devices": [A10G] * 8})
         assert errors(findings(LLAMA_70B, LLAMA_70B_BYTES, eight, tensor_parallel_size=8)) == []
 
