@@ -1,6 +1,7 @@
 # The commands of this project. `make` alone lists them.
 #   ARGS=...   passed on:  make site ARGS='--check --diff'   make unit ARGS='-k release'
 #   ROLE=...   the Molecule scenarios of one role:  make molecule ROLE=baseline
+#   VLLM=cpu   the lab with the real vLLM, built for CPUs:  make lab VLLM=cpu   make site VLLM=cpu
 #   PYTHON=... a Python 3.12-3.14 of your choice for .venv
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -11,13 +12,14 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 ARGS :=
 ROLE :=
+VLLM :=
 PY := .venv/bin/python
 IN_LAB := scripts/lab-env
 
 .PHONY: lab test setup site lint unit molecule outcomes bench faults lab-down clean help docs lock pins
 
 lab: ## All set-up, the lab, and site.yml on it; ends with a table of what runs
-	@scripts/lab $(ARGS)
+	@VLLM='$(VLLM)' scripts/lab $(ARGS)
 
 test: setup ## Everything: lint, unit, lab, outcomes, Molecule, a sample of faults; ends with "N passed, N failed"
 	@$(PY) scripts/test $(ARGS)
@@ -26,7 +28,7 @@ setup: ## The virtual environment .venv, from the lock; made again only when the
 	@scripts/setup
 
 site: setup ## site.yml on the running lab (ARGS= goes to ansible-playbook)
-	@$(PY) -m lab check && $(IN_LAB) ansible-playbook -i inventories/lab site.yml $(ARGS)
+	@$(PY) -m lab check && $(IN_LAB) ansible-playbook -i inventories/lab site.yml $(if $(filter cpu,$(VLLM)),-e @lab/vllm/cpu.yml) $(ARGS)
 
 lint: setup ## ruff, mypy, yamllint, ansible-lint
 	@$(PY) scripts/lint $(ARGS)
