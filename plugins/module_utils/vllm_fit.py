@@ -136,15 +136,16 @@ def image_findings(environment: Mapping[str, Any], gpu: Mapping[str, Any]) -> li
     stated = re.search(r"cuda>=([\d.]+)", require)
     wanted = stated.group(1) if stated else need
     major = (version(wanted) or (0,))[0]
+    across = major > version(has)[0]
     advice = (
-        "the image needs CUDA %s, the driver %s runs CUDA %s at most: upgrade the driver (%s)"
-        ", or set vllm_tag to an image for CUDA %s (vLLM's own have such as -cu129)"
+        "the image needs CUDA %s, the driver %s runs CUDA %s at most: upgrade the driver (%s), or set vllm_tag to an image for CUDA %s%s"
         % (
             wanted,
             driver or "that is loaded",
             has,
-            "%d or newer" % DRIVERS[major] if major in DRIVERS else "a newer nvidia_driver_branch",
-            version(has)[0],
+            "%d or newer" % DRIVERS[major] if across and major in DRIVERS else "a newer nvidia_driver_branch",
+            version(has)[0] if across else has,
+            " (vLLM's own have such as -cu129)" if across else "",
         )
     )
     holds = requirement_holds(require, has, driver) if require else True
@@ -152,7 +153,7 @@ def image_findings(environment: Mapping[str, Any], gpu: Mapping[str, Any]) -> li
         return [error("image", advice)]
     # Within a major version an older driver runs a newer CUDA. Across them the image's own libraries may make up for it, on cards of
     # some brands, and only where somebody has asked for that.
-    if major <= version(has)[0]:
+    if not across:
         return []
     if str(environment.get("VLLM_ENABLE_CUDA_COMPATIBILITY") or "").lower() in ("1", "true", "auto"):
         return [

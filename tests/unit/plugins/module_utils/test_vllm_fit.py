@@ -309,7 +309,11 @@ class TestImage:
 
     def test_minor_that_is_required(self) -> None:
         environment = {"CUDA_VERSION": "13.2.0", "NVIDIA_REQUIRE_CUDA": "cuda>=13.2"}
-        assert image_findings(environment, GPU)[0].level == "error"
+        (finding,) = image_findings(environment, GPU)
+        assert finding.level == "error"
+        assert finding.text.endswith(
+            "upgrade the driver (a newer nvidia_driver_branch), or set vllm_tag to an image for CUDA 13.0"
+        )
         assert image_findings({**environment, "NVIDIA_DISABLE_REQUIRE": "1"}, GPU) == []
 
     def test_brand_decides_only_where_somebody_has_asked_for_it(self) -> None:
