@@ -53,23 +53,6 @@ PREPARE = (
 )
 
 
-# Python with the clock that a host of its own would have; the engine and HAProxy keep the machine's.
-FAKETIME = """
-- hosts: service
-  gather_facts: true
-  roles:
-    - {role: nemo.platform.packages, packages_names: [libfaketime]}
-  tasks:
-    - ansible.builtin.shell:
-        executable: /bin/bash
-        cmd: |
-          library=$(dpkg --listfiles libfaketime | grep '/libfaketime[.]so')
-          for clock in '+1h later' '-1h earlier'; do
-            set -- $clock
-            printf '#!/bin/sh\\nexec env LD_PRELOAD=%s FAKETIME=%s FAKETIME_DONT_FAKE_MONOTONIC=1 /usr/bin/python3 "$@"\\n' $library $1 > /root/python-1h-$2
-            chmod 755 /root/python-1h-$2
-          done
-"""
 # The inventory holds the service at a tag that is older than what an operator released.
 OLDER = {
     "name": "api", "group": "ai_test", "port": 8000, "repository": "ai", "tag_prefix": "test", "memory": "256m",
@@ -495,18 +478,6 @@ def test_the_registrys_token_has_expired(running: Platform) -> None:
         running.settled()
     finally:
         images.remove(fresh)
-
-
-def test_clocks_are_an_hour_wrong(running: Platform) -> None:
-    running.play(FAKETIME)
-    with running.load() as seen:
-        running.good(NEXT, python="/root/python-1h-later")
-        running.good(TAGS["healthy"], python="/root/python-1h-earlier")
-        assert running.good(None, state="rolled_back", python="/root/python-1h-later")["action"] == "rolled_back"
-        assert running.answering() == NEXT
-        running.good(TAGS["healthy"])
-    assert seen["failed"] == 0, seen["first_failures"]
-    running.settled()
 
 
 def test_a_lock_that_nobody_holds_is_no_lock(running: Platform) -> None:
