@@ -150,7 +150,9 @@ class TestRunner:
         assert self.last_line(capfd) == "0 passed, 1 failed"
 
     def test_side_by_side(self, whole, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-        first = f"for i in $(seq 100); do [ -e '{tmp_path}/other' ] && echo '1 passed, 0 failed' && exit; sleep 0.1; done"
+        first = (
+            f"for i in $(seq 100); do [ -e '{tmp_path}/other' ] && echo '1 passed, 0 failed' && exit; sleep 0.1; done"
+        )
         assert whole(("a", first), ("b", f"touch '{tmp_path}/other'; echo '2 passed, 0 failed'"), beside=True) == 0
         lines = capfd.readouterr().out.splitlines()
         assert "a: 1 passed, 0 failed" in lines

@@ -31,4 +31,4 @@ def test_what_is_left_out_is_not_touched() -> None:
             return super().__getitem__(key)
 
     entry = Lazy(port=8000, secrets="{{ nobody_knows }}")
-    assert catalogue_entries(["x"], {"x": entry}, without=["secrets"]) == [{"name": "x", "port": 8000}]  # type: ignore[dict-item]
+    assert catalogue_entries(["x"], {"x": entry}, without=["secrets"]) == [{"name": "x", "port": 8000}]

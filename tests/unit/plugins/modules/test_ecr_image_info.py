@@ -76,7 +76,7 @@ def test_pin(aws: Aws) -> None:
 
 
 def test_digest_is_called_by_a_tag() -> None:
-    images = [
+    images: list[dict[str, Any]] = [
         {"imageDigest": "sha256:1", "imageTags": ["latest", "prod-20250714-1752", "prod-20250101-0000"]},
         {"imageDigest": "sha256:2", "imageTags": ["prod-20250718-1040"]},
         {"imageDigest": "sha256:3", "imageTags": ["hotfix"]},
@@ -196,7 +196,7 @@ def test_pattern_with_a_stamp_of_its_own() -> None:
 
 
 def test_archived_images_are_passed_over() -> None:
-    images = [
+    images: list[dict[str, Any]] = [
         {"imageDigest": "sha256:1", "imageTags": ["prod-20250101-0000"]},
         {"imageDigest": "sha256:2", "imageTags": ["prod-20260101-0000"], "imageStatus": "ARCHIVED"},
     ]

@@ -82,7 +82,9 @@ def test_fits(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_error_is_said_at_once(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer = run(capsys, model=str(model), device="cpu", max_model_len=4096, memory="64m")
     assert answer["failed"]
-    assert answer["msg"].startswith("vllm: acme--tiny does not fit: vllm_max_model_len is 4096, the model knows 2048 tokens")
+    assert answer["msg"].startswith(
+        "vllm: acme--tiny does not fit: vllm_max_model_len is 4096, the model knows 2048 tokens"
+    )
     assert "vllm_memory is 0.1 GiB: raise it" in answer["msg"]
     assert [finding["level"] for finding in answer["findings"]] == ["error", "error"]
 
