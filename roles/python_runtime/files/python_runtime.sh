@@ -141,6 +141,7 @@ unpack() { # archive: into $root/$wanted, which appears whole or not at all
     mv -T "$root/$wanted" "$work/replaced" || { log="$root/$wanted cannot be replaced"; return 1; }
   fi
   log=$(mv -T "$work/python" "$root/$wanted" 2>&1) || return 1
+  rm -rf "$work" # before the link: a run that finds the link in place looks no further
 }
 
 switch() { # the link points to the wanted version
