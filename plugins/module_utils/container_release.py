@@ -61,6 +61,8 @@ ADVICE = {
     "pull_timeout": "Check the way to the registry, or raise pull_timeout.",
     "registry_certificate": "Install the registry's certificate authority on this host, or check its clock.",
     "registry_unreachable": "Check name resolution, routes and security groups from this host to the registry on 443.",
+    "state": "Nothing was touched. Put the file back from a backup; or, where the service may be down for a moment, remove it"
+    " together with the service's containers (docker ps --filter label=nemo.service), and release again.",
     "start": "Read the reason above; the container was created but the engine could not start it.",
     "unhealthy": "Read the log lines of the failed release, mend the image or its settings, and release again.",
     "docker": "Run the named docker command on the host to see more.",
@@ -489,8 +491,11 @@ class Store:
         try:
             with open(path, encoding="utf-8") as stream:
                 data = json.load(stream)
-        except (OSError, ValueError):
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except (OSError, ValueError) as error:
+            # It is written whole or not at all: without it nobody knows what serves, and guessing would stop that.
+            raise ReleaseError("state", "%s cannot be read: %s" % (path, error)) from error
         return data if isinstance(data, dict) and data.get("format") == form else None
 
     def write(self, what: str, data: Record) -> None:

@@ -197,7 +197,10 @@ class Releaser:
         self.data_root = "/var/lib/docker"
         self.boxes: dict[str, Container] = {}
         self.legacy: Container | None = None
-        self.load()
+        try:
+            self.load()
+        except ReleaseError:  # who acts loads again, under the lock, and hears of it
+            self.take({})
 
     def say(self, text: str) -> None:
         """Where the run is; shown with its result, and to those who look meanwhile."""
@@ -207,7 +210,9 @@ class Releaser:
     # -- the state
 
     def load(self) -> None:
-        data = self.store.read("state.json") or {}
+        self.take(self.store.read("state.json") or {})
+
+    def take(self, data: Record) -> None:
         self.current: str = data.get("current") or ""
         self.releases: list[Record] = list(data.get("releases") or [])
         self.pinned: Record | None = data.get("pinned") or None
@@ -549,6 +554,9 @@ class Releaser:
     def reconcile(self) -> None:
         """The host is as the state says: the current release runs, HAProxy leads to it, and nothing else is there."""
         self.look()
+        orphans = sorted(box.name for box in self.boxes.values() if box.running)
+        if orphans and not self.releases:
+            raise ReleaseError("state", "%s runs, and its record below %s is gone" % (orphans[0], self.store.base))
         record = self.record
         if record:
             box = self.boxes.get(self.current)

@@ -48,7 +48,12 @@ class Guard:
         words["release"] = '"release": "%s"' % new.rpartition(".")[2]
         words["configuration"] = self.configuration
         quoted = {key: shlex.quote(text) for key, text in words.items()}
-        unproven = LEADS_TO_OLD.format(port=port, weight=WEIGHT, **quoted) if port else "true"
+        # HAProxy's file is there from the moment at which it takes over the port of a container that held it itself.
+        unproven = (
+            LEADS_TO_OLD.format(port=port, weight=WEIGHT, **quoted)
+            if port
+            else "! test -e %s" % quoted["configuration"]
+        )
         # Its process may have been told to let nobody through meanwhile, and the file says otherwise.
         reload = "systemctl reload nemo-proxy-%s.service" % self.name if port else ""
         return SCRIPT.format(seconds=seconds, unproven=unproven, reload=reload, **quoted)

@@ -654,18 +654,6 @@ def main() -> None:
 
     lock = Lock(os.path.join(params["run_path"], "%s.lock" % name))
 
-    def run(command: Sequence[str]) -> tuple[int, str, str]:
-        # A docker command that outlives a killed run keeps the lock until it has ended.
-        descriptors = [lock.descriptor] if lock.descriptor is not None else []
-        rc, out, err = module.run_command(
-            list(command),
-            environ_update={"LC_ALL": "C"},
-            expand_user_and_vars=False,
-            errors="surrogate_then_replace",
-            pass_fds=descriptors,
-        )
-        return rc, out, err
-
     def execute(
         command: Sequence[str], descriptors: Sequence[int], environment: Mapping[str, str]
     ) -> tuple[int, str, str]:
@@ -678,6 +666,10 @@ def main() -> None:
             pass_fds=list(descriptors),
         )
         return rc, out, err
+
+    def run(command: Sequence[str]) -> tuple[int, str, str]:
+        # A docker command that outlives a killed run keeps the lock until it has ended.
+        return execute(command, [lock.descriptor] if lock.descriptor is not None else [], {})
 
     def guarded(
         command: Sequence[str], descriptors: Sequence[int], environment: Mapping[str, str]

@@ -106,6 +106,15 @@ def test_a_container_of_before_haproxy_is_started_without_one(host: Host) -> Non
     assert host.done() == BACK
 
 
+def test_haproxy_in_the_place_of_a_container_of_before_is_left_alone(host: Host) -> None:
+    """It holds the port: the old container could not start, and the new release is proven."""
+    host.leads_to("a")
+    host.journal()
+    (host.path / "run").mkdir()
+    host.start(port=0).wait(5)
+    assert host.done() == []
+
+
 def test_a_guard_that_cannot_be_started_stops_the_release_before_anything_stops(host: Host) -> None:
     guard = Guard("api", lambda words, *_: (int(words[0] == "systemd-run"), "", "no bus"), "lock", "transition", "file")
     with pytest.raises(ReleaseError, match="cannot be started: no bus"):

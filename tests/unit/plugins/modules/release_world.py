@@ -127,7 +127,7 @@ class World:
         file = self.proxy.load()["file"]
         if order["new"].rpartition(".")[2] != json.loads(transition.read_text())["record"]["release"]:
             return
-        if not order["port"] or file["ports"][file["active"]] == order["port"]:
+        if file["ports"][file["active"]] == order["port"] if order["port"] else not file:
             if order["new"] in self.engine.containers():
                 self.engine.run(["docker", "container", "stop", order["new"]])
             self.engine.run(["docker", "container", "start", order["old"]])

@@ -58,6 +58,18 @@ def test_first_release_runs_and_is_recorded(world: World) -> None:
     assert entry["seconds"] > 0
 
 
+@pytest.mark.parametrize("text", ["", "{", None], ids=["empty", "cut off", "gone"])
+def test_a_record_that_is_lost_stops_nothing(world: World, text: str | None) -> None:
+    """Nobody knows then what serves, and what is not known is not removed."""
+    world.release(1)
+    serving = world.record()["release"]
+    file = world.path / "lib/ai-prod/state.json"
+    file.unlink() if text is None else file.write_text(text)
+    error, _ = world.failing(2)
+    assert error.reason == "state"
+    assert world.engine.containers()[f"ai-prod.{serving}"]["status"] == "running"
+
+
 def test_no_change_costs_two_docker_commands(world: World) -> None:
     world.release(1)
     world.engine.calls.clear()
