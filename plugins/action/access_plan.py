@@ -52,7 +52,8 @@ class ActionModule(ActionBase):
             what = access.operation(task_vars.get("ansible_run_tags") or ())
             hosts = groups.get("all") or []
             # The catalogue is the hosts' own variable: of the first of them, as localhost is none of the inventory's.
-            owner = task_vars["hostvars"][min(hosts)] if hosts else {}
+            # As it is written: where one host's variables are made for another, there are no hostvars, and environments name some.
+            owner = task_vars["hostvars"].raw_get(min(hosts)) if hosts else {}
             found = access.Inventory(groups, self._services(owner))
             if not what:
                 Display().display(access.usage(found))
