@@ -74,6 +74,7 @@ class Platform:
         }  # fmt: skip
         variables = {
             "ansible_connection": "community.docker.docker", "ansible_python_interpreter": "/usr/bin/python3",
+            "ansible_docker_extra_args": " ".join(found.prefix[1:]),  # the engine that has the lab
             "nemo_services": {"api": catalogue}, "nemo_host_services": ["api"], "nemo_registry": REGISTRY, "nemo_bastion": "",
             "ai_api_services": "{{ nemo_host_services | nemo.platform.catalogue_entries(nemo_services) }}",
             "nemo_aws_endpoint_url": f"http://{AWS_API}:5000", "container_service_min_free_disk_mb": 10,
