@@ -28,7 +28,6 @@ from tests.faults.conftest import CHECKOUT
 
 REQUESTS = int(os.environ.get("NEMO_REQUESTS", "5000"))
 KILLS = int(os.environ.get("NEMO_KILLS", "50"))
-SAMPLE = 2  # of them `make test` tries too
 SEED = int(os.environ.get("NEMO_SEED", random.SystemRandom().randrange(10_000)))
 NAMES = ("releases-service", "releases-second", "releases-clients")
 TAGS = {
@@ -511,9 +510,7 @@ def test_two_operators_at_once(running: Platform) -> None:
     assert running.answering() == NEXT
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(at, marks=[pytest.mark.sample] if at < SAMPLE else []) for at in range(KILLS)]
-)
+@pytest.mark.parametrize("number", range(KILLS))
 def test_a_killed_run_takes_nothing_down(running: Platform, number: int) -> None:
     chance = random.Random(f"{SEED} {number}")
     tag, delay = chance.choice([NEXT, TAGS["slow-start"], TAGS["unhealthy"]]), chance.uniform(0, 15)
