@@ -21,6 +21,7 @@ VLLM = ("--limit", "vllm")
 KEY = "lab-vllm-key-0123456789abcdef"
 CONTAINER = "docker ps --filter label=nemo.service=vllm --format '{{.Names}}'"
 WISH = "/srv/models/cache/lab-behaviour"
+PARTS = 20  # in each of which one run is killed
 SEED = random.SystemRandom().randrange(10_000)
 HUB = json.loads((CHECKOUT / ".lab/artifacts.json").read_text())["hub"]["models"]
 
@@ -251,7 +252,7 @@ def test_a_container_keeps_its_card_when_systemd_reloads(on):
 
 def test_a_driver_upgraded_behind_our_back(site, on):
     """As somebody's `apt-get upgrade` on a host whose holds were taken away; the module that runs is the old one."""
-    names = "dpkg-query --show --showformat '${Package} ${Version}\\n' | grep -E '^(lib)?nvidia|^cuda-drivers' | grep 580.95"
+    names = "dpkg-query --show --showformat '${Package} ${Version}\\n' | grep -F ' 580.95'"
     packages = on("vllm", f"{names} | cut -d' ' -f1").split()
     later = " ".join(f"{name}=580.105*" for name in packages)
     on(
@@ -267,13 +268,23 @@ def test_a_driver_upgraded_behind_our_back(site, on):
 # ---- interruptions
 
 
-@pytest.mark.parametrize("number", range(1, 60, 2))
-def test_killed_at_any_task(site, site_killed, rebuilt, ask, number):
-    """A bare host, so that every task has something to do."""
-    delay = random.Random(f"{SEED} {number}").uniform(0, 4)
-    print(f"seed {SEED}: SIGKILL {delay:.2f} s into task {number}")
+@pytest.fixture(scope="module")
+def tasks() -> int:
+    """How many tasks a run on this host has."""
+    run = subprocess.run([*SITE, *VLLM], cwd=CHECKOUT, capture_output=True, text=True, timeout=900, check=True)
+    return len(re.findall(r"^TASK \[", run.stdout, re.MULTILINE))
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_killed_at_any_task(site, site_killed, rebuilt, ask, tasks, part):
+    """On a bare host, so that every task has something to do; once in each part of the run."""
+    chance = random.Random(f"{SEED} {part}")
+    number, delay = int((part + chance.random()) * tasks / PARTS) + 1, chance.uniform(0, 4)
+    print(f"seed {SEED}: SIGKILL {delay:.2f} s into task {number} of {tasks}")
     rebuilt("vllm")
-    site_killed(number, delay, *VLLM)
+    killed = site_killed(number, delay, *VLLM)
+    assert killed.killed_at, killed.output[-6000:]
+    print(killed.killed_at)
     _finish(site, ask)
 
 
