@@ -282,9 +282,12 @@ class TestServer:
         page = tmp_path / "gpu.prom"
         page.write_text("up 1\n")
 
-        def ask(request: str) -> SimpleNamespace:
-            argv = [sys.executable, "-I", str(FILES / "gpu_metrics_http.py"), str(page)]
-            done = subprocess.run(argv, input=request.encode(), capture_output=True, check=True, timeout=30)
+        def ask(request: str, peer: str = "127.0.0.1") -> SimpleNamespace:
+            networks = ["127.0.0.0/8", "10.0.3.0/24", "fd00::/8"]
+            argv = [sys.executable, "-I", str(FILES / "gpu_metrics_http.py"), str(page), *networks]
+            done = subprocess.run(
+                argv, input=request.encode(), capture_output=True, check=True, timeout=30, env={"REMOTE_ADDR": peer}
+            )
             head, _blank, body = done.stdout.decode().partition("\r\n\r\n")
             return SimpleNamespace(status=int(head.split()[1]), head=head, body=body, page=page)
 
@@ -315,6 +318,15 @@ class TestServer:
     )
     def test_other_requests(self, ask: Any, request_line: str, status: int) -> None:
         assert ask(f"{request_line}\r\n\r\n").status == status
+
+    @pytest.mark.parametrize(
+        ("peer", "status"),
+        [("10.0.3.7", 200), ("fd00::7", 200), ("10.0.4.7", 403), ("fe80::1%eth0", 403), ("", 403), ("name", 403)],
+    )
+    def test_who_is_answered(self, ask: Any, peer: str, status: int) -> None:
+        answer = ask("GET /metrics HTTP/1.1\r\n\r\n", peer)
+        assert answer.status == status
+        assert (answer.body == "up 1\n") == (status == 200)
 
     def test_no_page_yet(self, ask: Any, tmp_path: Path) -> None:
         (tmp_path / "gpu.prom").unlink()
