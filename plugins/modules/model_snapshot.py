@@ -112,7 +112,7 @@ notes:
   - Where logind ends what users leave behind (C(KillUserProcesses=yes)), the process ends with the connection, and the next run goes on.
   - Proxies come from the environment, as O(ignore:environment) of the task sets it. Certificates are judged by the system's list.
   - Needs root for the defaults of O(path) and O(run_path).
-  - Nothing else removes an old snapshot; a full disk's error lists those of the model.
+  - Nothing else removes an old snapshot; a full disk's error lists those that no release on the host mounts.
 """
 
 EXAMPLES = r"""
