@@ -41,7 +41,7 @@ NAMES = {
 }
 
 EKS_NODES = "10.0.3.0-10.0.5.255"
-SERVICE_PORTS = "8000-8002"
+SERVICE_PORTS = "{ 8000-8002, 9836 }"  # the last one for metrics of the card; in nft's language
 VLLM_PORT = 8002
 
 

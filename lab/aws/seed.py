@@ -36,7 +36,10 @@ GROUPS: Mapping[str, tuple[str, Sequence[tuple[int, int, Any]]]] = {
         "EKS nodes",
         [(-1, -1, WITHIN), (30000, 32767, WITHIN), (9094, 9094, WITHIN), (443, 443, WITHIN)],
     ),
-    "nemo-ai": ("AI servers", [(8000, 8002, NODES), (8002, 8002, "nemo-ai"), (22, 22, "nemo-bastion")]),
+    "nemo-ai": (
+        "AI servers",
+        [(8000, 8002, NODES), (9836, 9836, NODES), (8002, 8002, "nemo-ai"), (22, 22, "nemo-bastion")],
+    ),
     "nemo-rds": ("RDS", [(3306, 3306, "nemo-eks-nodes")]),
 }
 

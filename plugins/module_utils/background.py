@@ -45,17 +45,20 @@ class Background:
         self.outcome_path = os.path.join(run_path, "%s.outcome" % key)
         self.killed = 0  # workers that ended without a word while this run waited for them
 
-    def run(self, look: Look, prepare: Callable[[], Work], wait: bool, timeout: float) -> dict[str, Any] | None:
+    def run(
+        self, look: Look, prepare: Callable[[], Work], wait: bool, timeout: float, since: float = 0
+    ) -> dict[str, Any] | None:
         """What `look` finds when the work is done; None where it goes on in the background.
 
         `look` says what is there, or None while there is something to do; `prepare` finds what makes the work impossible,
-        before anything is changed, and returns it. Raises WorkError.
+        before anything is changed, and returns it. A worker that has failed since a time (0: none) failed for this run, too.
+        Raises WorkError.
         """
         limit = time.monotonic() + timeout
         waited = False
         while True:
             if self.lock.try_acquire():
-                found = self._look_alone(look, waited)
+                found = self._look_alone(look, waited, since)
                 if found is not None:
                     return found
                 try:
@@ -76,14 +79,15 @@ class Background:
                     % (duration(timeout), self.progress.last() or "nothing said"),
                 )
 
-    def _look_alone(self, look: Look, waited: bool) -> dict[str, Any] | None:
-        """With the lock held: what is there; the failure of the worker that was waited for; None to begin."""
+    def _look_alone(self, look: Look, waited: bool, since: float) -> dict[str, Any] | None:
+        """With the lock held: what is there; the failure of the worker that this run is about; None to begin."""
         try:
             found = look()
-            if found is None and waited:
-                outcome = self._outcome()
-                if outcome is not None and outcome.get("error"):
+            if found is None and (waited or since):
+                outcome = self._outcome() or {}
+                if outcome.get("error") and (waited or outcome.get("ended", 0) >= since):
                     raise WorkError(str(outcome["error"]["reason"]), str(outcome["error"]["text"]))
+            if found is None and waited:
                 self.killed += 1
                 if self.killed > RESTARTS:
                     raise WorkError("killed", "its process was ended %d times from outside" % self.killed)
@@ -141,7 +145,7 @@ class Background:
             error = {"reason": "internal", "text": "%s: %s" % (type(failure).__name__, failure)}
         if error:
             self.progress.say("failed: %s" % error["text"])
-        replace_file(self.outcome_path, json.dumps({"error": error}) + "\n", 0o600)
+        replace_file(self.outcome_path, json.dumps({"error": error, "ended": time.time()}) + "\n", 0o600)
 
 
 def detach(work: Work, keep: int) -> None:

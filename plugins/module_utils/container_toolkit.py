@@ -53,7 +53,7 @@ def packages(run: Runner, root: str = "/", names: Iterable[str] = PACKAGES) -> d
     for line in out.splitlines():
         name, _space, version = line.partition(" ")
         if name in wanted:  # rpm says of others, on this channel, that they are not installed
-            found[name] = {"version": version, "held": any(locks_package(lock, name) for lock in locks)}
+            found[name] = {"version": version, "held": any(locks_package(lock, name, version) for lock in locks)}
     return found
 
 
@@ -66,9 +66,9 @@ def versionlocks(root: str = "/") -> list[str]:
         return []
 
 
-def locks_package(lock: str, name: str) -> bool:
-    """Whether a line of that list (NAME-[EPOCH:]VERSION-RELEASE.*) is about a package."""
-    return re.match(rf"{re.escape(name)}-(?:\d+:)?\d", lock.strip()) is not None
+def locks_package(lock: str, name: str, version: str) -> bool:
+    """Whether a line of that list (NAME-[EPOCH:]VERSION-RELEASE.*) holds a package at this version."""
+    return re.match(rf"{re.escape(name)}-(?:\d+:)?{re.escape(version)}(?:[.]|$)", lock.strip()) is not None
 
 
 def cdi_problem(driver: str, root: str = "/", path: str = CDI) -> str:

@@ -45,7 +45,7 @@ ADVICE = {
     "mount": "Mount the volume first (role nemo.platform.data_volume).",
     "no_space": "Free space on the volume, or grow it: role nemo.platform.data_volume grows the file system. What was fetched is kept.",
     "nothing": "Check include and exclude against the files that the model has.",
-    "pickle": "Take a model with safetensors, or name these files in include if you trust whoever made them.",
+    "pickle": "Take a model with safetensors: role vllm fetches no others. The module does where include names them.",
     "rate_limit": "Wait some minutes, or give a token: the hub allows more to those it knows.",
     "repository": "Check the name (owner/name). A private model needs a token that may read it.",
     "revision": "Name a commit of this repository, 40 hexadecimal digits.",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import glob
 import hashlib
 import http.client
 import json
@@ -37,6 +38,7 @@ FORMAT = 1
 MARKER = ".nemo-snapshot.json"
 REFS = ".nemo-refs.json"
 PARTIAL = ".partial"
+STATE = "/var/lib/nemo"  # of the releases
 CHUNK_BYTES = 1 << 18
 HASH_BYTES = 1 << 20
 # A try that brought this much is no failure: the next ones begin to count anew.
@@ -307,14 +309,15 @@ class Snapshot:
             return ["none of the files that are wanted of %s holds weights" % self.wanted.repository]
         return []
 
-    def others(self) -> list[str]:
-        """Other finished snapshots of this model, for who looks for space."""
+    def unused(self) -> str:
+        """For who looks for space: what else lies in the root, finished or begun, that no release on this host mounts."""
+        kept = mounted() | {self.path, self.partial}
         found = []
-        for name in sorted(os.listdir(self.model_folder)) if os.path.isdir(self.model_folder) else []:
-            marker = read_json(os.path.join(self.model_folder, name, MARKER))
-            if marker and name != self.wanted.revision:
-                found.append("%s (%s)" % (os.path.join(self.model_folder, name), amount(marker.get("size") or 0)))
-        return found
+        for base in (self.wanted.root, os.path.join(self.wanted.root, PARTIAL)):
+            for path in sorted(glob.glob(os.path.join(glob.escape(base), "*", "*"))):
+                if is_commit(os.path.basename(path)) and path not in kept:
+                    found.append("%s (%s)" % (path, amount(size_of_folder(path))))
+        return "; no release uses %s" % ", ".join(found) if found else ""
 
     # what is missing
 
@@ -341,13 +344,12 @@ class Snapshot:
     def need_space(self, todo: Sequence[RemoteFile], reserve: int) -> None:
         missing, free = self.missing_bytes(todo), free_bytes(self.wanted.root)
         if missing and free < missing + reserve:
-            others = self.others()
             raise WorkError(
                 "no_space",
                 "%s has %s free, and needs %s for what is still missing and %s in reserve%s"
                 % (
                     existing(self.wanted.root), amount(free), amount(missing), amount(reserve),
-                    "; other snapshots of this model: %s" % ", ".join(others) if others else "",
+                    self.unused(),
                 ),
             )  # fmt: skip
 
@@ -438,13 +440,12 @@ class Snapshot:
 
     def disk_problem(self, error: OSError) -> WorkError:
         if error.errno in FULL_DISK:
-            others = self.others()
             return WorkError(
                 "no_space",
                 "%s is full (%s free); what was fetched is kept%s"
                 % (
                     self.wanted.root, amount(free_bytes(self.wanted.root)),
-                    "; other snapshots of this model: %s" % ", ".join(others) if others else "",
+                    self.unused(),
                 ),
             )  # fmt: skip
         return WorkError("disk", "%s: %s" % (error.filename or self.wanted.root, error.strerror or error))
@@ -455,6 +456,23 @@ def size_of(path: str) -> int:
         return os.path.getsize(path)
     except OSError:
         return 0
+
+
+def size_of_folder(path: str) -> int:
+    return sum(size_of(os.path.join(base, name)) for base, _folders, names in os.walk(path) for name in names)
+
+
+def mounted() -> set[str]:
+    """What the releases of all services on this host mount."""
+    found: set[str] = set()
+    for path in glob.glob(os.path.join(glob.escape(STATE), "*", "state.json")):
+        try:
+            with open(path, encoding="utf-8") as stream:
+                releases = json.load(stream)["releases"]
+            found.update(mount["source"] for entry in releases for mount in entry["settings"].get("mounts") or [])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # another program's file
+    return found
 
 
 def size_of_all(files: Mapping[str, RemoteFile]) -> int:

@@ -90,7 +90,7 @@ REFUSED_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 # A phase begins with the line that matches; in the order in which a server starts.
 PHASES: tuple[tuple[str, str], ...] = (
-    ("starting", r"vLLM API server version"),
+    ("starting", r"vLLM API server version|non-default args: "),
     ("loading weights", r"Starting to load model"),
     ("compiling", r"Loading weights took|Model loading took"),
     ("measuring memory", r"torch\.compile (?:takes|took)|Memory profiling takes"),
@@ -158,6 +158,10 @@ FAILURES: tuple[tuple[str, str], ...] = (
         r"a LoRA module has rank \1, vllm_max_lora_rank is \2",
     ),
     (
+        r"No adapter found for (\S+)",
+        r"the LoRA module \1 is missing or no adapter: check vllm_lora_modules",
+    ),
+    (
         r"Quantization method specified in the model config \(([^)]*)\) does not match",
         r"vllm_quantization is not the model's own, \1: leave it empty",
     ),
@@ -175,11 +179,15 @@ FAILURES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"does not appear to have a file named (\S+)|Cannot find any model weights|is not a valid model identifier"
-        r"|Can't load the configuration of|Invalid repository ID or local directory",
+        r"|Can't load the configuration of|Invalid repository ID or local directory"
+        # it looks on the Hub, which it may not ask, for what is not in the folder
+        r"|Repo id must be in the form|LocalEntryNotFoundError",
         r"the model's files are missing or incomplete: check vllm_model",
     ),
     (r"No space left on device", r"a file system is full: look at the volume of vllm_models_path"),
     (r"Permission denied: '?([^'\s]+)", r"vLLM may not use \1: check its owner against vllm_user"),
+    # pydantic's, whose first line says no more than that something is wrong
+    (r"Value error, (.*?)(?: \[type=|$)", r"vLLM refuses its settings: \1"),
     (r"^(?!.*Engine core initialization failed).*?\b(\w*(?:Error|Exception): .+)", r"\1"),
 )
 

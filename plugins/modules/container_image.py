@@ -47,7 +47,7 @@ options:
     type: int
     default: 3
   min_free_disk_mb:
-    description: Megabytes (of 1,000,000 bytes) that shall stay free on the engine's file system beside what the image needs.
+    description: Megabytes (of 1,000,000 bytes) that shall stay free where the engine unpacks images beside what the image needs.
     type: int
     default: 1024
   space_factor:
@@ -56,6 +56,12 @@ options:
         unpacked for some time, and machine learning images unpack to about twice their size. 0 switches this part of the check off.
     type: float
     default: 3.0
+  begun:
+    description:
+      - What the run that began it with O(wait=false) returned as RV(begun). A pull that has failed since then is this run's failure, and
+        is not tried again.
+    type: float
+    default: 0
   name:
     description: Name of the progress file. V(image-) and the last part of O(image) when it is left out.
     type: str
@@ -89,6 +95,7 @@ EXAMPLES = r"""
   nemo.platform.container_image:
     image: 084375578827.dkr.ecr.ap-northeast-2.amazonaws.com/vllm-openai
     digest: sha256:2b7412e6465c3c7fc5bb21d3e6f1917c167358449fecac8176c6e496e5c1f05f
+    begun: "{{ image.begun }}"
   when: image.action == 'started'
 """
 
@@ -144,6 +151,10 @@ config:
       description: The ports that it names, such as C(8000/tcp).
       type: list
       elements: str
+begun:
+  description: When this run began, in seconds since 1970 by the host's clock, for O(begun).
+  returned: success
+  type: float
 progress:
   description: The file that tells how far it is.
   returned: success
@@ -162,6 +173,7 @@ advice:
 import hashlib
 import os
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -181,6 +193,7 @@ from ansible_collections.nemo.platform.plugins.module_utils.image_pull import (
     Image,
     Pull,
     compressed_size,
+    layers_root,
     run_program,
 )
 from ansible_collections.nemo.platform.plugins.module_utils.progress import Progress, amount
@@ -195,6 +208,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "retries": {"type": "int", "default": 3},
     "min_free_disk_mb": {"type": "int", "default": 1024},
     "space_factor": {"type": "float", "default": 3.0},
+    "begun": {"type": "float", "default": 0.0},
     "name": {"type": "str"},
     "run_path": {"type": "path", "default": "/run/nemo"},
 }
@@ -244,6 +258,7 @@ class Run:
 
     def __init__(self, params: dict[str, Any]) -> None:
         self.params = params
+        self.begun = time.time()
         self.docker = Docker(run_program)
         self.image = Image(self.docker, params["image"], params["tag"] or "", params["digest"] or "")
         name = params["name"] or "image-%s" % params["image"].rsplit("/", 1)[-1]
@@ -259,7 +274,8 @@ class Run:
         if check_mode:
             self._need_space()
             return self._result("pulled", None)
-        data = self.background.run(self.image.look, self._prepare, self.params["wait"], self.params["timeout"])
+        wait, timeout, begun = (self.params[name] for name in ("wait", "timeout", "begun"))
+        data = self.background.run(self.image.look, self._prepare, wait, timeout, begun)
         if data is None:
             return self._result("started", None)
         self.image.check_platform(data, self.docker.info())
@@ -270,7 +286,7 @@ class Run:
         info = self.docker.info()
         machine = architecture(info.get("Architecture", ""))
         size = compressed_size(self.image.reference, run_program, machine) if self.params["space_factor"] else 0
-        root = info.get("DockerRootDir") or "/var/lib/docker"
+        root = layers_root(info)
         status = os.statvfs(root)
         free, reserve = status.f_bavail * status.f_frsize, self.params["min_free_disk_mb"] * 1000000
         needed = int(size * self.params["space_factor"])
@@ -327,6 +343,7 @@ class Run:
             }
             if found
             else {},
+            "begun": self.begun,
             "progress": self.progress.path,
         }
 

@@ -72,6 +72,12 @@ options:
     description: Seconds to wait. The download goes on after that.
     type: int
     default: 7200
+  begun:
+    description:
+      - What the run that began it with O(wait=false) returned as RV(begun). A download that has failed since then is this run's failure,
+        and is not tried again.
+    type: float
+    default: 0
   stall_timeout:
     description: Seconds without a byte, or with less than 1 KiB a second, after which a request is tried again.
     type: int
@@ -112,7 +118,7 @@ notes:
   - Where logind ends what users leave behind (C(KillUserProcesses=yes)), the process ends with the connection, and the next run goes on.
   - Proxies come from the environment, as O(ignore:environment) of the task sets it. Certificates are judged by the system's list.
   - Needs root for the defaults of O(path) and O(run_path).
-  - Nothing else removes an old snapshot; a full disk's error lists those of the model.
+  - Nothing else removes an old snapshot; a full disk's error lists those that no release on the host mounts.
 """
 
 EXAMPLES = r"""
@@ -132,6 +138,7 @@ EXAMPLES = r"""
     mount_point: /srv/models
     token: "{{ vault_hub_token }}"
     timeout: 3600
+    begun: "{{ model.begun }}"
   when: model.action == 'started'
 """
 
@@ -173,6 +180,10 @@ damaged:
   description: What was wrong with files of a finished snapshot, by name.
   returned: success
   type: dict
+begun:
+  description: When this run began, in seconds since 1970 by the host's clock, for O(begun).
+  returned: success
+  type: float
 progress:
   description: The file that tells how far it is.
   returned: success
@@ -194,6 +205,7 @@ advice:
 
 import hashlib
 import os
+import time
 from typing import Any, Callable
 
 from ansible.module_utils.basic import AnsibleModule
@@ -234,6 +246,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
     "wait": {"type": "bool", "default": True},
     "timeout": {"type": "int", "default": 7200},
+    "begun": {"type": "float", "default": 0.0},
     "stall_timeout": {"type": "int", "default": 30},
     "retries": {"type": "int", "default": 6},
     "parallel": {"type": "int", "default": 4},
@@ -251,6 +264,7 @@ class Run:
 
     def __init__(self, params: dict[str, Any], check_mode: bool, warn: Callable[[str], None]) -> None:
         self.params = params
+        self.begun = time.time()
         self.check_mode = check_mode
         self.warn = warn
         self.name = params["name"] or "model-%s" % folder_of(params["repository"])
@@ -288,7 +302,8 @@ class Run:
         if self.check_mode:
             self._plan()
             return self._result(done, None)
-        data = self._background().run(self._look, self._prepare, self.params["wait"], self.params["timeout"])
+        wait, timeout, begun = (self.params[name] for name in ("wait", "timeout", "begun"))
+        data = self._background().run(self._look, self._prepare, wait, timeout, begun)
         return self._result("started", None) if data is None else self._result(done, data["found"])
 
     def _need_mount(self) -> None:
@@ -379,6 +394,7 @@ class Run:
             "files": {path: {"size": file.size, "digest": file.digest} for path, file in sorted(files.items())},
             "missing": self.missing,
             "damaged": self.damaged,
+            "begun": self.begun,
             "progress": self.progress.path,
         }
 

@@ -93,7 +93,7 @@ options:
     description: Folder on the volume that holds compile caches, or one above it; empty looks at none.
     type: path
   min_free_mb:
-    description: Megabytes (10^6) that must be free there.
+    description: Megabytes (10^6) that should be free there; less is a warning.
     type: int
     default: 1024
   service:

@@ -10,7 +10,7 @@ import pytest
 from lab import hosts
 from lab.settings import BASTION, HOSTS, USER
 
-PORTS = (22, 80, 443, 2375, 2376, 8000, 8001, 8002, 9094)
+PORTS = (22, 80, 443, 2375, 2376, 8000, 8001, 8002, 9094, 9836)
 
 
 def answers(address: str, port: int) -> bool:

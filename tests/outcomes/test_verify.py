@@ -66,6 +66,8 @@ def test_one_line_for_each_flow(healthy):
         ("outside > ai-prod-10.0.2.31:8000 ai-prod", "closed"),
         ("eks-node-a-10.0.3.11 > vllm-10.0.2.20:8002 vllm", "HTTP 200"),
         ("ai-prod-10.0.2.31 > vllm-10.0.2.20:8002 vllm", "HTTP 200"),
+        ("eks-node-a-10.0.3.11 > vllm-10.0.2.20:9836 gpu-metrics", "HTTP 200"),
+        ("ai-prod-10.0.2.31 > vllm-10.0.2.20:9836 gpu-metrics", "closed"),
         ("ai-dev-10.0.2.32 > ai-prod-10.0.2.31:8000 ai-prod", "closed"),
         ("ai-dev-10.0.2.32 > ai-prod-10.0.2.31:22 ssh", "closed"),
         ("outside > bastion-10.0.1.10:22 ssh", "SSH-2.0"),

@@ -48,7 +48,8 @@ FOUND: dict[str, Any] = {
     "xids": [],
     "reboot": {"needed": False, "why": ""},
 }  # fmt: skip
-WATCHDOG = {"state": "ok", "strikes": 0, "restarts": ["2026-11-22T10:00:00Z"], "since": "2026-11-22T10:01:00Z"}
+WATCHDOG = {"state": "ok", "strikes": 0, "restarts": ["2026-11-22T10:00:00Z"], "since": "2026-11-22T10:01:00Z",
+            "looked": "2026-11-22T10:02:00Z"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -207,11 +208,21 @@ class TestMetrics:
     def test_watchdog(self, host: Host, metrics: ModuleType) -> None:
         page = families(host.page(metrics))
         assert page["nemo_vllm_watchdog_state"] == {
-            'state="ok"': 1, 'state="failing"': 0, 'state="restarting"': 0, 'state="gave_up"': 0,
+            'state="ok"': 1, 'state="loading"': 0, 'state="failing"': 0, 'state="restarting"': 0, 'state="down"': 0,
+            'state="gave_up"': 0,
         }  # fmt: skip
+        assert one(page, "nemo_vllm_serving") == 1
         assert one(page, "nemo_vllm_watchdog_restarts") == 1
         assert one(page, "nemo_vllm_watchdog_last_restart_timestamp_seconds") == 1795341600
         assert one(page, "nemo_vllm_watchdog_since_timestamp_seconds") == 1795341660
+        assert one(page, "nemo_vllm_watchdog_last_look_timestamp_seconds") == 1795341720
+
+    @pytest.mark.parametrize("state", ["loading", "failing", "restarting", "down", "gave_up"])
+    def test_it_serves_or_it_does_not(self, host: Host, metrics: ModuleType, state: str) -> None:
+        host.watchdog.write_text(json.dumps({**WATCHDOG, "state": state}))
+        page = families(host.page(metrics))
+        assert page["nemo_vllm_watchdog_state"][f'state="{state}"'] == 1
+        assert one(page, "nemo_vllm_serving") == 0
 
     @pytest.mark.parametrize(
         "text",
@@ -271,9 +282,12 @@ class TestServer:
         page = tmp_path / "gpu.prom"
         page.write_text("up 1\n")
 
-        def ask(request: str) -> SimpleNamespace:
-            argv = [sys.executable, "-I", str(FILES / "gpu_metrics_http.py"), str(page)]
-            done = subprocess.run(argv, input=request.encode(), capture_output=True, check=True, timeout=30)
+        def ask(request: str, peer: str = "127.0.0.1") -> SimpleNamespace:
+            networks = ["127.0.0.0/8", "10.0.3.0/24", "fd00::/8"]
+            argv = [sys.executable, "-I", str(FILES / "gpu_metrics_http.py"), str(page), *networks]
+            done = subprocess.run(
+                argv, input=request.encode(), capture_output=True, check=True, timeout=30, env={"REMOTE_ADDR": peer}
+            )
             head, _blank, body = done.stdout.decode().partition("\r\n\r\n")
             return SimpleNamespace(status=int(head.split()[1]), head=head, body=body, page=page)
 
@@ -304,6 +318,15 @@ class TestServer:
     )
     def test_other_requests(self, ask: Any, request_line: str, status: int) -> None:
         assert ask(f"{request_line}\r\n\r\n").status == status
+
+    @pytest.mark.parametrize(
+        ("peer", "status"),
+        [("10.0.3.7", 200), ("fd00::7", 200), ("10.0.4.7", 403), ("fe80::1%eth0", 403), ("", 403), ("name", 403)],
+    )
+    def test_who_is_answered(self, ask: Any, peer: str, status: int) -> None:
+        answer = ask("GET /metrics HTTP/1.1\r\n\r\n", peer)
+        assert answer.status == status
+        assert (answer.body == "up 1\n") == (status == 200)
 
     def test_no_page_yet(self, ask: Any, tmp_path: Path) -> None:
         (tmp_path / "gpu.prom").unlink()
@@ -378,6 +401,7 @@ class TestDoctor:
             (lambda host: setattr(host, "cdi", "the CDI specification is for another"), "systemctl restart nvidia-cdi-refresh"),
             (lambda host: host.watchdog.write_text(json.dumps({**WATCHDOG, "state": "failing", "strikes": 2})), "does not answer its watchdog (failing, 2 failed probes)"),
             (lambda host: host.watchdog.write_text(json.dumps({**WATCHDOG, "state": "gave_up", "reason": "timeout"})), "gave up on vLLM after 1 restart: timeout"),
+            (lambda host: host.watchdog.write_text(json.dumps({**WATCHDOG, "state": "down", "reason": "its container is exited"})), "vLLM is down: its container is exited -> sudo docker ps"),
             (lambda host: host.watchdog.write_text("{"), "watchdog cannot be read"),
             (lambda host: Path(host.settings["metrics_path"]).unlink(), "there are no metrics"),
             (lambda host: os.utime(host.settings["metrics_path"], (0, 0)), "s old, they are made every 60 s"),
@@ -403,6 +427,13 @@ class TestDoctor:
         status, screen = host.doctor()
         assert status == 0
         assert "containers " not in screen
+
+    def test_a_model_that_loads_is_no_finding(self, host: Host) -> None:
+        host.watchdog.write_text(json.dumps({**WATCHDOG, "state": "loading", "reason": "it has been loading for 12 s"}))
+        status, screen = host.doctor()
+        assert status == 0
+        assert "watchdog loading since 2026-11-22T10:01:00Z; 0 failed probes in a row; 1 restart" in said(screen)
+        assert "it has been loading for 12 s" in said(screen)
 
     def test_no_watchdog(self, host: Host) -> None:
         host.watchdog.unlink()

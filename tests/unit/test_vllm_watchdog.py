@@ -76,11 +76,13 @@ class World:
 
     def __init__(self, folder: Path, port: int) -> None:
         self.folder, self.now, self.status, self.started = folder, START, "running", START - 1000
+        self.again, self.error = 0, ""
         self.commands: list[list[str]] = []
         self.restart_code = 0
         self.config: dict[str, Any] = {
             "service": "vllm", "services": str(folder), "locks": str(folder / "run"), "state": str(folder / "vllm-watchdog"),
             "timeout": 0.05, "strikes": 3, "max_restarts": 2, "window": 3600, "load_timeout": 600,
+            "mount_point": "",
         }  # fmt: skip
         (folder / "vllm").mkdir()
         (folder / "vllm-watchdog").mkdir()
@@ -100,15 +102,22 @@ class World:
     def run(self, argv: list[str], _timeout: float) -> tuple[int, str]:
         self.commands.append(argv)
         if "inspect" in argv:
-            return (0, f"{self.status} {program.utc(self.started)}\n") if self.status else (1, "No such container")
+            told = f"{self.status} {program.utc(self.started)} {self.again} {self.error}\n"
+            return (0, told) if self.status else (1, "No such container")
         if "restart" in argv:
             # what was written down before it
             assert self.state["restarts"]
             assert self.state["state"] == "restarting"
             if not self.restart_code:
-                self.started = self.now
+                self.status, self.started, self.again, self.error = "running", self.now, 0, ""
             return self.restart_code, "cannot"
+        if "stop" in argv:
+            self.status = "exited"
         return 0, "Traceback\nlast line\n"
+
+    def crash(self) -> None:
+        """It ends by itself, and the engine starts it again."""
+        self.again, self.started = self.again + 1, self.now + 1
 
     def look(self, after: float = 30) -> str:
         self.now += after
@@ -204,7 +213,7 @@ def test_loading_is_waited_for_and_not_for_ever(world: World) -> None:
     world.started, Server.mood = START, "silent"
     for _ in range(10):
         assert "it has been loading for" in world.look()
-    assert world.state["state"] == "ok"
+    assert world.state["state"] == "loading"
     world.look(600)
     world.look()
     world.look()
@@ -299,12 +308,116 @@ def test_container_that_does_not_run_is_not_ours(world: World, status: str) -> N
         assert "its container is" in world.look()
     assert world.restarts == 0
     assert Server.asked == []
+    assert world.state["state"] == "down"
+
+
+def test_crashes_in_a_circle_end(world: World) -> None:
+    """A look sees it loading, waiting for its next start, or gone again; it never answers."""
+    world.look()
+    Server.mood = "silent"
+    for _ in range(3):
+        world.crash()
+        world.look()
+        world.status = "restarting"
+        assert "its container is restarting" in world.look()
+        world.status = "running"
+    assert world.state["state"] == "down"
+    assert world.state["crashes"] == 2, "the first one had answered before"
+    world.crash()
+    said = world.look()
+    assert ["docker", "container", "stop", "--time", "10", f"vllm.{RELEASE}"] in world.commands
+    assert "last line" in said
+    assert world.state["state"] == "gave_up"
+    assert world.state["reason"] == "it ended 3 times before it had answered, and is stopped"
+    count = len(world.commands)
+    assert "gave_up" in world.look()
+    assert len(world.commands) == count + 1, "it looks, and that is all"
+    world.status, world.started, world.again, Server.mood = "running", world.now, 0, "good"
+    assert world.look() == "ok", "somebody has started it"
+    assert world.state["crashes"] == 0
+
+
+def test_one_that_answers_in_between_is_started_again_for_ever(world: World) -> None:
+    for _ in range(9):
+        world.look()
+        world.crash()
+    assert world.look() == "ok"
+    assert world.state["crashes"] == 0
+
+
+def test_restarts_of_the_engine_forget_no_strike(world: World) -> None:
+    world.look()
+    Server.mood = "hang"
+    world.look()
+    assert "strike 2" in world.look()
+    world.status = "restarting"
+    assert "down, strike 2 of 3: its container is restarting" in world.look()
+    world.status, Server.mood = "running", "silent"
+    world.crash()
+    assert "loading, strike 2 of 3" in world.look()
+    Server.mood = "hang"
+    world.look()
+    assert world.restarts == 1
+
+
+@pytest.fixture
+def unstarted(world: World) -> World:
+    """A boot without the volume: the engine could not start the container, and does not try again."""
+    release = json.loads((world.folder / "vllm/state.json").read_text())["releases"][0]
+    release["settings"] = {"mounts": [{"source": str(world.folder / "volume/model")}, {"source": str(world.folder)}]}
+    world.release(RELEASE, release)
+    world.look()
+    world.status, world.error = "exited", "error while creating mount source path: no such file"
+    return world
+
+
+def test_container_that_could_not_be_started(unstarted: World) -> None:
+    for _ in range(5):
+        assert "it could not be started, and" in unstarted.look()
+    assert unstarted.state["reason"].endswith("volume/model is not there")
+    assert (unstarted.state["state"], unstarted.restarts) == ("down", 0)
+    (unstarted.folder / "volume/model").mkdir(parents=True)
+    assert "down, strike 1 of 3: it could not be started: error while" in unstarted.look()
+    unstarted.look()
+    assert "restarted, as it could not be started" in unstarted.look()
+    assert unstarted.look() == "ok"
+
+
+def test_start_that_fails_for_good_ends_the_starts(unstarted: World) -> None:
+    (unstarted.folder / "volume/model").mkdir(parents=True)
+    unstarted.restart_code = 1
+    for _ in range(30):
+        unstarted.look()
+    assert unstarted.restarts == 2
+    assert unstarted.state["state"] == "gave_up"
+    assert "could not be started: error while" in unstarted.state["reason"]
+
+
+def test_volume_that_came_late_is_mounted(unstarted: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    (unstarted.folder / "volume/model").mkdir(parents=True)
+    unstarted.config["mount_point"] = folder = str(unstarted.folder / "volume")
+    for _ in range(5):
+        assert unstarted.look() == f"down: it could not be started, and {folder} is not mounted"
+    assert ["systemctl", "--no-block", "start", folder] in unstarted.commands
+    assert unstarted.restarts == 0
+    monkeypatch.setattr("os.path.ismount", lambda path: path == folder)
+    for _ in range(3):
+        unstarted.look()
+    assert unstarted.restarts == 1
+
+
+def test_container_that_somebody_stopped_stays_stopped(unstarted: World) -> None:
+    (unstarted.folder / "volume/model").mkdir(parents=True)
+    unstarted.error = ""
+    for _ in range(5):
+        assert unstarted.look() == "down: its container is exited"
+    assert unstarted.restarts == 0
 
 
 def test_no_release_yet(world: World) -> None:
     for text in ("{", "{}", json.dumps({"format": 1, "current": "x", "releases": []})):
         (world.folder / "vllm/state.json").write_text(text)
-        assert "no release serves" in world.look()
+        assert world.look() == "down: no release serves"
     assert world.commands == []
 
 
@@ -313,10 +426,27 @@ def test_release_under_way_is_left_alone(world: World) -> None:
     Server.mood = "hang"
     world.look()
     world.look()
-    (world.folder / "vllm/transition.json").write_text("{}")
-    assert "a release is under way" in world.look()
-    (world.folder / "vllm/transition.json").unlink()
+    with (world.folder / "run/vllm.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert world.look() == "ok: a release is under way"
+        world.status = "exited"
+        assert world.look() == "loading: a release is under way"
+        world.status = "running"
+        assert world.look() == "loading: a release is under way", "nothing has answered yet"
     assert "strike 1" in world.look(), "it begins to count anew"
+
+
+def test_release_that_was_cut_off(world: World) -> None:
+    world.look()
+    Server.mood = "hang"
+    (world.folder / "vllm/transition.json").write_text("{}")
+    assert "ok: a release was cut off" in world.look()
+    world.status = "exited"
+    assert (
+        "down: a release was cut off, which the next run ends; the container of the one before it is exited"
+        in world.look()
+    )
+    assert world.restarts == 0
 
 
 def test_lock_of_a_release_is_respected(world: World) -> None:
@@ -382,7 +512,7 @@ def test_program(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: 
     config.write_text(json.dumps(world.config))
     monkeypatch.setenv("PATH", str(world.folder))
     assert program.main([str(config)]) == 0
-    assert "ok: its container is not there" in capsys.readouterr().out
+    assert "down: its container is not there" in capsys.readouterr().out
     assert program.main([str(config), "--clear"]) == 0
     assert program.main([str(config), "--help"]) == 2
     assert program.main([]) == 2

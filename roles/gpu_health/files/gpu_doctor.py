@@ -222,6 +222,7 @@ def the_watchdog(report: Report, path: str) -> None:
         f"{state['state']}{' since ' + str(state['since']) if state.get('since') else ''}",
         many(strikes, "failed probe") + " in a row",
         many(len(restarts), "restart") + (f", last {restarts[-1]}" if restarts else ""),
+        str(state.get("reason") or ""),
     )
     why = f": {state['reason']}" if state.get("reason") else ""
     logs = "sudo docker ps --all --filter label=nemo.service, and sudo docker logs --tail 50 NAME of the one that should run"
@@ -229,7 +230,9 @@ def the_watchdog(report: Report, path: str) -> None:
         report.finding(
             f"the watchdog gave up on vLLM after {many(len(restarts), 'restart')}{why}", logs + "; then {again}"
         )
-    elif state["state"] != "ok":
+    elif state["state"] == "down":
+        report.finding(f"vLLM is down{why}", logs + "; where nobody stopped it: {again}")
+    elif state["state"] not in ("ok", "loading"):
         report.finding(
             f"vLLM does not answer its watchdog ({state['state']}, {many(strikes, 'failed probe')}){why}", logs
         )

@@ -23,7 +23,7 @@ import gpu
 
 SETTINGS = "/etc/nemo/gpu-health.json"
 MIB = 1 << 20
-WATCHDOG_STATES = ("ok", "failing", "restarting", "gave_up")
+WATCHDOG_STATES = ("ok", "loading", "failing", "restarting", "down", "gave_up")
 
 
 class Page:
@@ -146,6 +146,11 @@ def of_the_watchdog(page: Page, state: dict[str, Any]) -> None:
         "nemo_vllm_watchdog_state", "gauge", "State of vLLM's watchdog; one of them is 1.",
         [({"state": name}, state.get("state") == name) for name in WATCHDOG_STATES],
     )  # fmt: skip
+    page.gauge(
+        "nemo_vllm_serving",
+        "Whether vLLM answered, or was at work, when its watchdog last looked.",
+        state["state"] == "ok",
+    )
     restarts = state.get("restarts") or []
     page.gauge("nemo_vllm_watchdog_strikes", "Probes that failed one after the other.", state.get("strikes"))
     page.gauge("nemo_vllm_watchdog_restarts", "Restarts of the engine that the watchdog's limit counts.", len(restarts))
@@ -156,6 +161,7 @@ def of_the_watchdog(page: Page, state: dict[str, Any]) -> None:
     page.gauge(
         "nemo_vllm_watchdog_since_timestamp_seconds", "Since when it is in its state.", seconds(state.get("since"))
     )
+    page.gauge("nemo_vllm_watchdog_last_look_timestamp_seconds", "When it last looked.", seconds(state.get("looked")))
 
 
 def read_watchdog(path: str) -> dict[str, Any] | None:

@@ -5,15 +5,17 @@
 
 A timer runs it. It asks the release that serves for what has proven it, one token, on its loopback port; /health stays 200
 on an engine that hangs. Only when that fails several times in a row, and vLLM's own counters have not moved meanwhile (an
-engine that is busy is not one that hangs), the container is restarted. It keeps quiet while a release is under way, while
-the model loads, and where somebody has stopped the container. After the restarts that it may make within the window it
-gives up, says so, and waits for a container that somebody else has started.
+engine that is busy is not one that hangs), the container is restarted. It does nothing while a release is under way, while
+the model loads, and where somebody has stopped the container, and says so. A container that could not be started, such as
+at a boot before its volume was there, is started once its folders are. After the restarts that it may make within the
+window it gives up, says so, and waits for a container that somebody else has started. It gives up, too, on one that the
+engine starts again and again and that never answers, and stops it.
 
     vllm-watchdog CONFIG            one look
     vllm-watchdog CONFIG --clear    forget strikes and restarts, and begin again
 
-The state is in CONFIG's "state" folder, for people and for metrics: state (ok, failing, restarting, gave_up), strikes,
-restarts (times, UTC), since, reason.
+The state is in CONFIG's "state" folder, for people and for metrics: state (ok, loading, failing, restarting, down, gave_up),
+strikes, restarts (times, UTC), since, reason.
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ class Container(NamedTuple):
     name: str
     status: str
     started: str
+    again: int  # starts by the engine itself since somebody's
+    error: str  # why it could not be started
 
 
 class Answer(NamedTuple):
@@ -103,6 +107,7 @@ class Watchdog:
         self.state = read_json(self.path)
         self.state.setdefault("restarts", [])
         self.state.setdefault("strikes", 0)
+        self.state.setdefault("crashes", 0)
         self.state.setdefault("state", "ok")
 
     # -- what is there
@@ -128,21 +133,25 @@ class Watchdog:
         return descriptor
 
     def released(self) -> bool:
-        """Whether a release is under way, or was cut off and waits for the next run."""
-        if (self.base / "transition.json").exists():
-            return True
+        """Whether a release is under way."""
         descriptor = self.lock()
         if descriptor is None:
             return True
         os.close(descriptor)
         return False
 
+    def cut_off(self) -> bool:
+        """Whether a release ended half done, and waits for the next run."""
+        return (self.base / "transition.json").exists()
+
     def container(self, release: dict[str, Any]) -> Container | None:
         name = "%s.%s" % (self.service, release["release"])
-        form = "{{.State.Status}} {{.State.StartedAt}}"
+        form = "{{.State.Status}} {{.State.StartedAt}} {{.RestartCount}} {{.State.Error}}"
         code, out = self.run(["docker", "container", "inspect", "--format", form, name], DOCKER_TIMEOUT)
-        words = out.split()
-        return Container(name, words[0], words[1]) if code == 0 and len(words) == 2 else None
+        words = out.split(None, 3)
+        if code or len(words) < 3:
+            return None
+        return Container(name, words[0], words[1], int(words[2]), " ".join(words[3:]).strip())
 
     def ask(self, release: dict[str, Any]) -> Answer:
         """The release's own proof, with the patience of a busy server."""
@@ -206,13 +215,20 @@ class Watchdog:
         strikes = ", strike %d of %d" % (self.state["strikes"], self.config["strikes"]) if self.state["strikes"] else ""
         return "%s%s%s" % (state, strikes, ": %s" % reason if reason else "")
 
-    def quiet(self, why: str) -> str:
-        """Nothing is judged now, and what was found before says nothing any more."""
+    def quiet(self, state: str, why: str) -> str:
+        """Nothing is done now; what was given up stays given up."""
+        if self.state["state"] == "gave_up":
+            return self.say("gave_up", self.state["reason"])
+        return self.say(state, why)
+
+    def releasing(self, runs: bool) -> str:
+        """What was found before says nothing any more, and one that runs is not asked: that is the release's business."""
         self.state["strikes"] = 0
-        return self.say("ok" if self.state["state"] == "failing" else self.state["state"], why)
+        known = {"failing": "ok", "restarting": "ok"}.get(self.state["state"], self.state["state"])
+        return self.quiet(known if runs else "loading", "a release is under way")
 
     def clear(self) -> str:
-        self.state.update(strikes=0, restarts=[])
+        self.state.update(strikes=0, crashes=0, restarts=[])
         return self.say("ok", "cleared")
 
     def recent(self) -> list[str]:
@@ -220,41 +236,67 @@ class Watchdog:
         since = self.clock() - float(self.config["window"])
         return [entry for entry in self.state["restarts"] if seconds_of(entry) > since]
 
-    def look(self) -> str:
-        release = self.current()
-        if release is None:
-            return self.quiet("no release serves")
-        if self.released():
-            return self.quiet("a release is under way")
-        box = self.container(release)
-        if box is None or box.status != "running":
-            # The engine starts again what dies by itself; what is stopped was stopped by somebody.
-            return self.quiet("its container is %s" % (box.status if box else "not there"))
-        if self.state.get("release") != release["release"]:
-            self.state.update(release=release["release"], restarts=[])
-            self.state["state"] = "ok"
-        if self.state.get("started") != box.started:
-            # Somebody has started it, or this program has. The restarts within the window count on.
-            self.state.update(started=box.started, proven=False, strikes=0, counted=None)
+    def note(self, box: Container) -> None:
+        """What its starts say since the last look."""
+        again = box.again > int(self.state.get("again", box.again))
+        if again and not self.state.get("proven"):
+            self.state["crashes"] += 1
+        self.state["again"] = box.again
+        if self.state.get("started") == box.started:
+            return
+        # The restarts within the window count on.
+        self.state.update(started=box.started, proven=False, counted=None)
+        if not box.again:  # somebody has started it, or this program has
+            self.state.update(strikes=0, crashes=0)
             if self.state["state"] == "gave_up":
                 self.state["state"] = "ok"
+
+    def look(self) -> str:
+        release = self.current()
+        box = self.container(release) if release else None
+        runs = box is not None and box.status == "running"
+        if self.released():
+            return self.releasing(runs)
+        if release is None:
+            return self.quiet("down", "no release serves")
+        if self.state.get("release") != release["release"]:
+            self.state.update(release=release["release"], restarts=[], crashes=0, again=0, proven=False)
+            self.state["state"] = "ok"
+        status = box.status if box else "not there"
+        if self.cut_off():
+            self.state["strikes"] = 0
+            why = "a release was cut off, which the next run ends; the container of the one before it is %s" % status
+            return self.quiet("ok" if runs else "down", why)
+        if box is None:
+            return self.quiet("down", "its container is not there")
+        self.note(box)
+        if box.status in ("running", "restarting") and self.state["crashes"] > int(self.config["max_restarts"]):
+            return self.stop(box)
+        if box.status in ("exited", "created") and box.error:
+            return self.start(release, box)
+        if not runs:
+            # The engine starts again what dies by itself; what is stopped was stopped by somebody.
+            ended = self.state["crashes"]
+            times = ", and has ended %d times before it answered" % ended if ended else ""
+            return self.quiet("down", "its container is %s%s" % (status, times))
         before = self.counted(release)
         answer = self.ask(release)
         if answer.good:
-            self.state.update(strikes=0, proven=True, counted=self.counted(release))
+            self.state.update(strikes=0, crashes=0, proven=True, counted=self.counted(release))
             return self.say("ok", "")
         after = self.counted(release)
         age = self.clock() - seconds_of(box.started)
         # Its other pages answer from when the model is loaded.
         if after is None and not self.state.get("proven") and age < float(self.config["load_timeout"]):
-            return self.quiet("it has been loading for %d s" % age)
+            return self.quiet("loading", "it has been loading for %d s" % age)
         moved = after is not None and any(
             then is not None and after > then + OWN_TOKENS for then in (before, self.state.get("counted"))
         )
         if after is not None:
             self.state["counted"] = after
         if moved:
-            return self.quiet("busy: %s, and it generates tokens meanwhile" % answer.reason)
+            self.state["strikes"] = 0
+            return self.quiet("ok", "busy: %s, and it generates tokens meanwhile" % answer.reason)
         if answer.asks_in_vain:
             self.state["strikes"] = 0
             return self.say("failing", "%s; a restart does not mend that" % answer.reason)
@@ -273,26 +315,57 @@ class Watchdog:
             return self.say("gave_up", "%s; %s" % (reason, tried if recent else "no restart is allowed"))
         descriptor = self.lock()
         if descriptor is None:
-            return self.quiet("a release is under way")
+            return self.releasing(box.status == "running")
+        # Before it is done, so that one that is cut off counts, too.
+        self.state["restarts"] = [*recent, utc(self.clock())]
+        said, problem = self.act(descriptor, "restart", box, "restarting", reason)
+        self.state["strikes"] = 0
+        if problem:
+            return said + "\n" + self.say("failing", "it cannot be restarted: %s" % problem)
+        return said + "\n" + self.say("restarting", "restarted, as %s" % reason)
+
+    def start(self, release: dict[str, Any], box: Container) -> str:
+        """One that could not be started, as at a boot before its volume: when what it mounts is there."""
+        folder = self.config["mount_point"]
+        if folder and not os.path.ismount(folder):
+            # systemd mounts no volume that comes after its time at boot
+            self.run(["systemctl", "--no-block", "start", folder], DOCKER_TIMEOUT)
+            return self.quiet("down", "it could not be started, and %s is not mounted" % folder)
+        mounts = (release.get("settings") or {}).get("mounts") or []
+        missing = [mount["source"] for mount in mounts if not Path(mount["source"]).exists()]
+        if missing:
+            return self.quiet("down", "it could not be started, and %s is not there" % ", ".join(missing))
+        reason = "it could not be started: %s" % box.error
+        self.state["strikes"] += 1
+        if self.state["strikes"] < int(self.config["strikes"]):
+            return self.quiet("down", reason)
+        return self.restart(box, reason)
+
+    def stop(self, box: Container) -> str:
+        """One that the engine would start again for ever."""
+        reason = "it ended %d times before it had answered" % self.state["crashes"]
+        descriptor = self.lock()
+        if descriptor is None:
+            return self.releasing(box.status == "running")
+        said, problem = self.act(descriptor, "stop", box, "gave_up", reason)
+        return said + "\n" + self.say("gave_up", "%s, and %s" % (reason, problem or "is stopped"))
+
+    def act(self, descriptor: int, verb: str, box: Container, state: str, reason: str) -> tuple[str, str]:
+        """With the lock, which it signs and gives back: what is to be said, and why it failed."""
         try:
-            # Before it is done, so that one that is cut off counts, too.
-            self.state["restarts"] = [*recent, utc(self.clock())]
-            holder = {"by": "vllm-watchdog", "since": utc(self.clock()), "pid": os.getpid(), "what": "a restart"}
+            holder = {"by": "vllm-watchdog", "since": utc(self.clock()), "pid": os.getpid(), "what": "a %s" % verb}
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-            said = self.say("restarting", reason)
+            said = self.say(state, reason)
             code, out = self.run(["docker", "container", "logs", "--tail", "20", box.name], DOCKER_TIMEOUT)
             if code == 0:
                 said += "\nits last lines:\n" + out.rstrip()
             code, out = self.run(
-                ["docker", "container", "restart", "--time", str(STOP_SECONDS), box.name], DOCKER_TIMEOUT + STOP_SECONDS
+                ["docker", "container", verb, "--time", str(STOP_SECONDS), box.name], DOCKER_TIMEOUT + STOP_SECONDS
             )
         finally:
             os.close(descriptor)
-        self.state["strikes"] = 0
-        if code:
-            return said + "\n" + self.say("failing", "it cannot be restarted: %s" % " ".join(out.split())[-200:])
-        return said + "\n" + self.say("restarting", "restarted, as %s" % reason)
+        return said, " ".join(out.split())[-200:] if code else ""
 
 
 def main(arguments: Sequence[str]) -> int:

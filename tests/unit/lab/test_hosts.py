@@ -25,7 +25,7 @@ def test_the_bastion_is_for_the_machine_alone() -> None:
 def test_ai_hosts_are_for_the_nodes_the_bastion_and_each_other(host: hosts.Host) -> None:
     assert allowed(host) == [
         "ip saddr 10.0.1.10 tcp dport 22 accept",
-        "ip saddr { 10.0.3.0-10.0.5.255, 10.0.1.10 } tcp dport 8000-8002 accept",
+        "ip saddr { 10.0.3.0-10.0.5.255, 10.0.1.10 } tcp dport { 8000-8002, 9836 } accept",
         "ip saddr { 10.0.2.20, 10.0.2.31, 10.0.2.32 } tcp dport 8002 accept",
     ]
 

@@ -30,13 +30,13 @@ class Place:
     def look(self) -> dict[str, Any] | None:
         return {"text": self.made.read_text()} if self.made.exists() else None
 
-    def run(self, work: Any, wait: bool = True, timeout: float = 10) -> dict[str, Any] | None:
+    def run(self, work: Any, wait: bool = True, timeout: float = 10, since: float = 0) -> dict[str, Any] | None:
         def prepared() -> None:
             with self.tries.open("a") as tries:
                 tries.write("x")
             work()
 
-        return self.background().run(self.look, lambda: prepared, wait, timeout)
+        return self.background().run(self.look, lambda: prepared, wait, timeout, since)
 
     def make(self) -> None:
         self.made.write_text("done")
@@ -114,6 +114,19 @@ def test_an_old_failure_is_nobodys(place: Place) -> None:
         assert place.run(place.make) == {"text": "done"}
     finally:
         os.waitpid(child, 0)
+
+
+def test_a_failure_before_anybody_waited_is_no_reason_to_try_again(place: Place) -> None:
+    begun = time.time()
+    assert place.run(fail, wait=False) is None
+    lock = place.background().lock
+    while not lock.try_acquire():
+        time.sleep(0.01)
+    lock.release()
+    with pytest.raises(WorkError, match="it is gone"):
+        place.run(fail, since=begun)
+    assert place.tries.read_text() == "x"
+    assert place.run(place.make, since=time.time()) == {"text": "done"}, "one that failed before is another run's"
 
 
 def test_what_stands_against_it_leaves_no_lock_behind(place: Place) -> None:

@@ -100,6 +100,8 @@ class TestPackages:
             ("# Added lock\nnvidia-container-toolkit-0:1.20.1-1.*\n", True),
             ("nvidia-container-toolkit-1.20.1-1.*\n", True),
             ("nvidia-container-toolkit-base-0:1.20.1-1.*\n", False),
+            ("nvidia-container-toolkit-0:1.19.0-1.*\n", False),
+            ("nvidia-container-toolkit-0:1.20.1-10.*\n", False),
         ],
     )
     def test_rpm(self, tmp_path: Path, locks: str, held: bool) -> None:

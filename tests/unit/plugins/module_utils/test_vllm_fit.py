@@ -414,8 +414,8 @@ class TestAll:
 
     def test_full_volume(self, folder: Path) -> None:
         full = HOST._replace(free_cache=GIB // 2, free_cache_least=GIB)
-        assert "error disk: 0.5 GiB are free for compile caches" in self.examined(folder, full)[0]
+        assert "warning disk: 0.5 GiB are free for compile caches" in self.examined(folder, full)[0]
 
     def test_errors_come_first(self, folder: Path) -> None:
-        lines = self.examined(folder, HOST._replace(free_cache=0, free_cache_least=GIB), memory=20 * GIB)
+        lines = self.examined(folder, HOST._replace(free_cache=0, free_cache_least=GIB), memory=GIB)
         assert [line.split()[0] for line in lines] == ["error", "warning"]

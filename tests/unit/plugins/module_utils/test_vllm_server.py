@@ -339,6 +339,27 @@ class TestLogs:
             ("OSError: /models/x does not appear to have a file named config.json.", "the model's files are missing"),
             ("ValueError: LoRA rank 64 is greater than max_lora_rank 16.", "a LoRA module has rank 64, vllm_max_lora_rank is 16"),
             ("PermissionError: [Errno 13] Permission denied: '/cache/home'", "vLLM may not use /cache/home"),
+            (
+                "(APIServer pid=1) pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig\n"
+                "(APIServer pid=1)   Value error, Cannot find the config file for awq_marlin [type=value_error,"
+                " input_value=ArgsKwargs((), {'model_co... 'shutdown_timeout': 0}), input_type=ArgsKwargs]",
+                "vLLM refuses its settings: Cannot find the config file for awq_marlin",
+            ),
+            ("  Value error, No model architectures are specified", "settings: No model architectures are specified"),
+            (
+                "huggingface_hub.errors.HFValidationError: Repo id must be in the form 'repo_name' or 'namespace/repo_name':"
+                " '/models/x'. Use `repo_type` argument if needed.",
+                "the model's files are missing",
+            ),
+            (
+                "huggingface_hub.errors.LocalEntryNotFoundError: Cannot find the requested files in the disk cache and outgoing"
+                " traffic has been disabled.",
+                "the model's files are missing",
+            ),
+            (
+                "vllm.exceptions.LoRAAdapterNotFoundError: Loading lora tone failed: No adapter found for /models/own/tone",
+                "the LoRA module /models/own/tone is missing or no adapter",
+            ),
             ("KeyError: 'layers.0.mlp'", "KeyError: 'layers.0.mlp'"),
         ],
     )  # fmt: skip
@@ -367,3 +388,7 @@ class TestLogs:
         ]
         found = [name for line in log for name, pattern in PHASES if re.search(pattern, line)]
         assert found == [name for name, _pattern in PHASES]
+
+    def test_start_of_a_version_that_draws_its_name(self) -> None:
+        line = "(APIServer pid=1) INFO 11-20 10:00:00 [utils.py:233] non-default args: {'model_tag': '/models/x', 'port': 8002}"
+        assert [name for name, pattern in PHASES if re.search(pattern, line)] == ["starting"]

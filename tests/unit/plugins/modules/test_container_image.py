@@ -214,6 +214,27 @@ def test_a_disk_that_is_too_small_for_what_the_manifest_says(host: Host) -> None
     assert host.run(space_factor=0)["action"] == "pulled"
 
 
+def test_images_of_containerd_lie_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    containerd = {"DockerRootDir": "/data/docker", "DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]]}
+    monkeypatch.setattr(image_pull, "CONTAINERD_ROOT", str(tmp_path))
+    assert image_pull.layers_root(containerd) == str(tmp_path)
+    assert image_pull.layers_root({**containerd, "DriverStatus": [["Backing Filesystem", "xfs"]]}) == "/data/docker"
+    assert image_pull.layers_root({"DriverStatus": None}) == "/var/lib/docker"
+    monkeypatch.setattr(image_pull, "CONTAINERD_ROOT", str(tmp_path / "none"))
+    assert image_pull.layers_root(containerd) == "/data/docker"
+
+
+def test_a_failure_between_begin_and_wait_is_not_tried_again(host: Host) -> None:
+    (host.state / "failures").write_text("denied: access forbidden\n" * 5)
+    begun = host.run(wait=False)
+    assert begun["action"] == "started", begun
+    while not list(host.run_path.glob("*.outcome")):
+        time.sleep(0.05)
+    pulls = len(host.asked("pull"))
+    assert host.run(begun=begun["begun"])["failed"]
+    assert len(host.asked("pull")) == pulls
+
+
 def test_a_reserve_is_kept_where_no_manifest_says_a_size(host: Host) -> None:
     assert host.run(min_free_disk_mb=10**10)["reason"] == "no_space"
     assert not host.asked("pull")

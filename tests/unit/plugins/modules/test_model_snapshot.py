@@ -601,15 +601,39 @@ def test_a_full_disk_in_the_middle_keeps_what_is_there(
     assert host.intact()
 
 
-def test_a_full_disk_names_the_models_other_snapshots(host: Host) -> None:
-    assert host.run()["action"] == "fetched"
-    older = host.path.with_name("e" * 40)
-    older.mkdir()
-    (older / ".nemo-snapshot.json").write_text(json.dumps({"format": 1, "size": 5_000_000_000}))
-    (host.path / FIRST).unlink()
-    result = host.run(min_free_disk_mb=10**9)
-    assert result["reason"] == "no_space"
-    assert f"{older} (5.0 GB)" in result["msg"]
+def test_a_full_disk_names_what_no_release_uses(host: Host, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older commits, other models, and downloads that were given up; not what a release mounts, nor what is asked for."""
+    sizes = {"older": 3000, "used": 5, "other": 2_000_000, "begun": 70}
+    folders = {
+        "older": host.path.with_name("e" * 40),
+        "used": host.root / "org--used" / ("d" * 40),
+        "other": host.root / "org--other" / ("c" * 40),
+        "begun": host.root / ".partial/org--other" / ("b" * 40),
+    }
+    for name, folder in folders.items():
+        (folder / "files").mkdir(parents=True)
+        (folder / "files/model.safetensors").write_bytes(b"x" * sizes[name])
+    host.partial.mkdir(parents=True)
+    state = host.root.parent / "state"
+    for service, text in (
+        (
+            "vllm",
+            json.dumps({"releases": [{"settings": {"mounts": [{"source": str(folders["used"])}]}}, {"settings": {}}]}),
+        ),
+        ("other", "{"),
+        ("another", "[]"),
+    ):
+        (state / service).mkdir(parents=True)
+        (state / service / "state.json").write_text(text)
+    monkeypatch.setattr(logic, "STATE", str(state))
+    monkeypatch.setattr(logic, "free_bytes", lambda _path: 0)
+    wanted = logic.Wanted(REPOSITORY, COMMIT, str(host.root), ("*.safetensors",), ())
+    todo = Hub(hub.url, "", Limits(2, 1, 0.01)).files(REPOSITORY, COMMIT)
+    with pytest.raises(WorkError) as caught:
+        logic.Snapshot(wanted, Progress("x", str(host.run_path))).need_space(todo, 0)
+    assert caught.value.text.endswith(
+        f"; no release uses {folders['older']} (3 kB), {folders['other']} (2.0 MB), {folders['begun']} (70 B)"
+    )
 
 
 class Answer:
