@@ -105,7 +105,7 @@ def on_the_bus(root: str = "/") -> list[str]:
     """PCI addresses of NVIDIA's cards, whether a driver is there or not."""
     found = []
     for device in sorted(glob.glob(os.path.join(root, "sys/bus/pci/devices/*"))):
-        if _read(device, "vendor") == VENDOR and _read(device, "class").startswith(DISPLAY):
+        if read(device, "vendor") == VENDOR and read(device, "class").startswith(DISPLAY):
             found.append(os.path.basename(device))
     return found
 
@@ -126,7 +126,7 @@ def read_xids(log: str) -> list[dict[str, Any]]:
 
 
 def _driver(root: str, run: Runner) -> dict[str, Any]:
-    running = _read(root, "proc/sys/kernel/osrelease")
+    running = read(root, "proc/sys/kernel/osrelease")
     following = _next_kernel(root, run) or running
     module = _module(run, running)
     packages, kernels = _packages(root, run)
@@ -158,7 +158,7 @@ def _headers(root: str, kernel: str) -> bool:
 
 def _loaded(root: str) -> tuple[str, bool]:
     """Version of the loaded module, and whether it is the open one."""
-    for line in _read(root, "proc/driver/nvidia/version").splitlines():
+    for line in read(root, "proc/driver/nvidia/version").splitlines():
         if line.startswith("NVRM version:"):
             number = _NUMBER.search(line)
             return (number[0] if number else ""), "Open Kernel Module" in line
@@ -206,7 +206,7 @@ def _packages(root: str, run: Runner) -> tuple[list[dict[str, Any]], list[dict[s
     if not found:
         shown = "%{NAME} %{VERSION}-%{RELEASE}\n"
         _code, out, _err = run(["rpm", "--query", "--all", "--queryformat", shown, *PACKAGES, *KERNELS])
-        locks = _read(root, "etc/dnf/plugins/versionlock.list").splitlines()
+        locks = read(root, "etc/dnf/plugins/versionlock.list").splitlines()
         for row in (line.split() for line in sorted(set(out.splitlines()))):
             if len(row) == 2:
                 found.append({"name": row[0], "version": row[1], "held": any(_locks(lock, *row) for lock in locks)})
@@ -351,7 +351,8 @@ def _reboot(found: dict[str, Any]) -> dict[str, Any]:
     return {"needed": bool(why), "why": why}
 
 
-def _read(*parts: str) -> str:
+def read(*parts: str) -> str:
+    """A file's text without white space around it; nothing where it cannot be read."""
     with contextlib.suppress(OSError), open(os.path.join(*parts), encoding="utf-8", errors="replace") as stream:
         return stream.read().strip()
     return ""

@@ -1,0 +1,109 @@
+"""What role nvidia_driver makes of what it sees: its variables, templated by Ansible, on made-up hosts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ansible.parsing.dataloader import DataLoader
+from ansible.plugins.loader import init_plugin_loader
+from ansible.template import Templar, trust_as_template
+
+from tests.unit.helpers import ROOT
+
+ROLE = ROOT / "roles/nvidia_driver"
+OLD, NEW, NEWER_BRANCH = "580.95.05", "580.105.08", "590.48.01"
+KERNEL = "6.8.0-101-aws"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugins() -> None:
+    init_plugin_loader()
+
+
+class Host:
+    """A host with a driver of the role's that is well; a test changes what is seen, or what is asked for."""
+
+    def __init__(self, distribution: str = "Debian", release: str = "12", **inputs: Any) -> None:
+        self.loader = DataLoader()
+        self.driver: dict[str, Any] = {
+            "loaded": OLD, "installed": OLD, "libraries": OLD, "kernel": KERNEL, "next_kernel": KERNEL,
+            "module_for_next": True, "headers": True, "headers_for_next": True, "packages": [], "kernel_packages": [],
+        }  # fmt: skip
+        self.look: dict[str, Any] = {"marked": True, "mark": OLD}
+        self.gpu: dict[str, Any] = {"driver": self.driver, "usable": True, "problems": [], "reboot": {"needed": False}}
+        self.facts = {
+            "distribution": distribution, "distribution_version": release, "distribution_major_version": release,
+            "os_family": "RedHat" if distribution == "Amazon" else "Debian", "architecture": "x86_64", "kernel": KERNEL,
+        }  # fmt: skip
+        self.inputs = inputs
+
+    def see(self, *codes: str, **driver: Any) -> Host:
+        self.driver.update(driver)
+        self.gpu["problems"] = [{"code": code, "text": code} for code in codes]
+        self.gpu["usable"] = not set(codes) - {"next_kernel", "xid", "persistence_off"}
+        return self
+
+    def packages(self, version: str, *names: str) -> Host:
+        self.driver["packages"] += [{"name": name, "version": version, "held": True} for name in names]
+        return self
+
+    def __getitem__(self, name: str) -> Any:
+        variables: dict[str, Any] = {}
+        for path in ("defaults/main.yml", "vars/main.yml"):
+            variables |= self.loader.load_from_file(str(ROLE / path), trusted_as_template=True)
+        code = self.gpu["problems"][0]["code"] if self.gpu["problems"] else ""
+        variables |= {
+            **self.inputs,
+            "ansible_facts": self.facts,
+            "ansible_check_mode": False,
+            "inventory_hostname": "vllm",
+            "role_path": str(ROLE),
+            "__nvidia_driver_look": {**self.look, "gpu": {**self.gpu, "code": code}},
+        }
+        text = (ROLE / name).read_text() if "/" in name else "{{ __nvidia_driver_%s }}" % name
+        return Templar(self.loader, variables=variables).template(trust_as_template(text))
+
+
+def upgraded(version: str, **inputs: Any) -> Host:
+    """The role's driver is loaded, and somebody installed another one."""
+    return Host(**inputs).see("module_mismatch", installed=version, libraries=version)
+
+
+@pytest.mark.parametrize("version", [NEW, NEWER_BRANCH])
+def test_an_upgrade_behind_our_back_is_taken_back_without_a_pin(version: str) -> None:
+    host = upgraded(version)
+    assert host["restore"]
+    assert (host["target"], host["wanted_pattern"]) == (OLD, f"{OLD}-*")
+
+
+def test_an_upgrade_by_this_role_waits_for_a_reboot() -> None:
+    host = upgraded(NEW)
+    host.packages(NEW, *host["names"])
+    host.look["mark"] = NEW
+    assert not host["restore"]
+    assert not host["change"]
+
+
+def test_a_driver_of_somebody_elses_is_not_taken_back_within_its_branch() -> None:
+    host = upgraded(NEW)
+    host.look.update(marked=False, mark="")
+    assert not host["restore"]
+
+
+def test_nothing_can_be_taken_back_from_an_archive_that_has_only_the_newest() -> None:
+    ubuntu = {"distribution": "Ubuntu", "release": "24.04", "nvidia_driver_source": "ubuntu"}
+    assert not upgraded(NEW, **ubuntu)["restore"]
+    assert upgraded(NEW, **ubuntu, nvidia_driver_version=OLD)["restore"]
+
+
+@pytest.mark.parametrize(("pin", "mark"), [(f"{OLD}-*", OLD), ("580.*", "580")])
+def test_the_mark_is_the_version_or_the_branch(pin: str, mark: str) -> None:
+    assert Host(__nvidia_driver_pin=pin)["marker_file"]["content"] == f"{mark}\n"
+
+
+@pytest.mark.parametrize("distribution", ["Debian", "Amazon"])
+def test_every_family_has_a_mark(distribution: str) -> None:
+    host = Host(distribution, "2023" if distribution == "Amazon" else "12")
+    assert "/etc/nemo/nvidia-driver" in [file["path"] for file in host["files"]]
+    assert host["directories"] == [{"path": "/etc/nemo"}]
