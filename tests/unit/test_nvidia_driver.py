@@ -107,3 +107,58 @@ def test_every_family_has_a_mark(distribution: str) -> None:
     host = Host(distribution, "2023" if distribution == "Amazon" else "12")
     assert "/etc/nemo/nvidia-driver" in [file["path"] for file in host["files"]]
     assert host["directories"] == [{"path": "/etc/nemo"}]
+
+
+UBUNTU = {"distribution": "Ubuntu", "release": "24.04"}
+OF_NVIDIA = ("libnvidia-compute-580", "nvidia-compute-utils-580", "nvidia-utils-580", "nvidia-dkms-580-open")
+OF_UBUNTU = ("nvidia-headless-no-dkms-580-server-open", "nvidia-utils-580-server")
+
+
+def test_a_name_that_bears_a_version_is_asked_for_in_no_other() -> None:
+    host = upgraded(NEW, **UBUNTU)
+    host.packages(f"{NEW}-0ubuntu1", *OF_NVIDIA, "libnvidia-cfg1-580", "nvidia-modprobe", f"nvidia-firmware-580-{NEW}")
+    assert host["of_one_version"] == [*OF_NVIDIA, "libnvidia-cfg1-580", "nvidia-modprobe"]
+    assert host["left_behind"] == [f"nvidia-firmware-580-{NEW}"]
+
+
+def test_what_a_machine_image_had_of_another_branch_goes() -> None:
+    others = (
+        "libnvidia-compute-570", "nvidia-utils-570", "nvidia-dkms-570-open", "nvidia-firmware-570-570.195.03",
+    )  # fmt: skip
+    modules = f"linux-modules-nvidia-570-server-open-{KERNEL}"
+    host = Host(**UBUNTU, nvidia_driver_replace=True).see(loaded="570.195.03", installed="570.195.03")
+    host.packages("570.195.03-0ubuntu1", *others).packages("6.8.0-101.103", modules)
+    assert host["replaced"]
+    assert host["of_one_version"] == list(OF_NVIDIA)
+    assert host["left_behind"] == sorted([*others, modules])
+
+
+def test_packages_of_the_archive_are_not_those_of_nvidia() -> None:
+    names = ("nvidia-utils-580", "nvidia-utils-580-server", f"nvidia-firmware-580-server-{OLD}")
+    modules = (f"linux-modules-nvidia-580-server-open-{KERNEL}", "nvidia-dkms-580-open")
+    host = upgraded(NEW, **UBUNTU).packages(f"{OLD}-0ubuntu0.24.04.1", *names, *modules)
+    assert host["left_behind"] == sorted([*names[1:], modules[0]])
+    host.inputs["nvidia_driver_source"] = "ubuntu"
+    assert host["left_behind"] == sorted([names[0], modules[1]])
+    assert host["of_one_version"] == host["names"]
+
+
+def test_packages_without_a_branch_in_their_names_are_left_to_those_with_one() -> None:
+    host = upgraded(NEWER_BRANCH, **UBUNTU).packages(f"{NEWER_BRANCH}-1ubuntu1", "libnvidia-compute", "nvidia-modprobe")
+    assert host["of_one_version"] == list(OF_NVIDIA)
+
+
+def test_debian_names_no_branch() -> None:
+    host = upgraded(NEWER_BRANCH).packages(
+        f"{NEWER_BRANCH}-1", "libnvidia-ml1", "libcuda1", f"nvidia-firmware-590-{NEWER_BRANCH}"
+    )
+    assert host["of_one_version"][-2:] == ["libnvidia-ml1", "libcuda1"]
+    assert host["left_behind"] == [f"nvidia-firmware-590-{NEWER_BRANCH}"]
+
+
+def test_the_archive_of_ubuntu_is_passed_over_before_the_version_counts() -> None:
+    lines = [line for line in Host(**UBUNTU)["templates/preferences.j2"].splitlines() if not line.startswith("#")]
+    assert lines[:3] == ["Package: *nvidia*-580 *nvidia*-580-*", "Pin: release o=Ubuntu", "Pin-Priority: -1"]
+    assert lines[-1] == "Pin-Priority: 1001"
+    for other in (Host(), Host(**UBUNTU, nvidia_driver_source="ubuntu")):
+        assert "release" not in other["templates/preferences.j2"]
