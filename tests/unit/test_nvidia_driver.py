@@ -140,7 +140,7 @@ def test_packages_of_the_archive_are_not_those_of_nvidia() -> None:
     assert host["left_behind"] == sorted([*names[1:], modules[0]])
     host.inputs["nvidia_driver_source"] = "ubuntu"
     assert host["left_behind"] == sorted([names[0], modules[1]])
-    assert host["of_one_version"] == host["names"]
+    assert host["of_one_version"] == list(OF_UBUNTU)
 
 
 def test_packages_without_a_branch_in_their_names_are_left_to_those_with_one() -> None:
@@ -162,3 +162,26 @@ def test_the_archive_of_ubuntu_is_passed_over_before_the_version_counts() -> Non
     assert lines[-1] == "Pin-Priority: 1001"
     for other in (Host(), Host(**UBUNTU, nvidia_driver_source="ubuntu")):
         assert "release" not in other["templates/preferences.j2"]
+
+
+def prebuilt(*kernels: str) -> list[str]:
+    return [f"linux-modules-nvidia-580-server-open-{kernel}" for kernel in kernels]
+
+
+def test_a_bare_host_gets_the_modules_of_the_kernels_that_it_has() -> None:
+    bare = {"loaded": "", "installed": "", "libraries": "", "next_kernel": "6.8.0-102-aws", "module_for_next": False}
+    host = Host(**UBUNTU, nvidia_driver_source="ubuntu").see("driver_missing", **bare)
+    assert host["prebuilt"] == prebuilt(KERNEL, "6.8.0-102-aws")
+    assert not [name for name in host["names"] if name.startswith("linux-")]
+    assert Host(**UBUNTU).see("driver_missing", **bare)["prebuilt"] == []
+
+
+def test_a_module_for_the_next_kernel_alone() -> None:
+    host = Host(**UBUNTU, nvidia_driver_source="ubuntu")
+    host.see("next_kernel", next_kernel="6.8.0-102-aws", module_for_next=False)
+    assert host["prebuilt"] == prebuilt("6.8.0-102-aws")
+
+
+def test_another_branch_needs_modules_although_there_are_some() -> None:
+    host = Host(**UBUNTU, nvidia_driver_source="ubuntu", nvidia_driver_replace=True)
+    assert host.see(loaded="570.195.03", installed="570.195.03")["prebuilt"] == prebuilt(KERNEL)
