@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,3 +187,34 @@ def test_a_module_for_the_next_kernel_alone() -> None:
 def test_another_branch_needs_modules_although_there_are_some() -> None:
     host = Host(**UBUNTU, nvidia_driver_source="ubuntu", nvidia_driver_replace=True)
     assert host.see(loaded="570.195.03", installed="570.195.03")["prebuilt"] == prebuilt(KERNEL)
+
+
+@pytest.mark.parametrize(
+    ("status", "built"),
+    [
+        (f"nvidia/{OLD}, {KERNEL}, x86_64: installed", ""),
+        (f"nvidia/{OLD}: added", f"install -m nvidia -v {OLD} -k {KERNEL}"),
+        (f"nvidia, {OLD}, 6.8.0-99-aws, x86_64: installed", f"install -m nvidia -v {OLD} -k {KERNEL}"),
+        (f"nvidia-open/{OLD}, 6.8.0-99-aws, x86_64: built", f"install -m nvidia-open -v {OLD} -k {KERNEL}"),
+        (f"nvidia/{OLD}: added\nnvidia/{NEW}: added", f"install -m nvidia -v {NEW} -k {KERNEL}"),
+        ("nvidia-fs/2.24.2: added\nlustre-client/2.12.8: added", ""),
+        ("", ""),
+    ],
+)
+def test_only_the_drivers_module_is_built(tmp_path: Path, status: str, built: str) -> None:
+    words = tmp_path / "words"
+    (tmp_path / "status").write_text(status)
+    dkms = tmp_path / "dkms"
+    dkms.write_text(
+        f'#!/bin/sh\ncd {tmp_path}; [ "$1" = status ] || exec echo "$@" >words\n'
+        '[ $# = 1 ] && exec cat status; grep "$7" status\n'
+    )
+    dkms.chmod(0o755)
+    script = (ROLE / "files/build.sh").read_text()
+    subprocess.run(["sh", "-c", script, "sh", KERNEL], check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert (words.read_text().strip() if words.exists() else "") == built
+
+
+def test_a_host_without_dkms_builds_nothing() -> None:
+    script = (ROLE / "files/build.sh").read_text().replace("command -v dkms", "command -v there-is-none")
+    subprocess.run(["sh", "-c", script, "sh", KERNEL], check=True)
