@@ -24,6 +24,8 @@ SECURE_BOOT = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e09
 # Seconds for one program. nvidia-smi hangs on some broken cards; the first call of a cold driver takes some seconds.
 TIMEOUT = 30
 MODULE = "nvidia"
+# In the order in which they may go; nvidia last, because the others use it.
+MODULES = ("nvidia_uvm", "nvidia_drm", "nvidia_modeset", MODULE)
 PACKAGES = ("*nvidia*", "cuda-drivers*", "libcuda1*")  # names of the driver's packages, of every distribution
 # Names of what a kernel comes from and is followed up by; Debian's and Ubuntu's, then Amazon's.
 KERNELS = ("linux-image-*", "linux-headers-*", "linux-modules-*", "linux-aws*", "kernel", "kernel[0-9]*", "kernel-*")
@@ -108,6 +110,27 @@ def on_the_bus(root: str = "/") -> list[str]:
         if read(device, "vendor") == VENDOR and read(device, "class").startswith(DISPLAY):
             found.append(os.path.basename(device))
     return found
+
+
+def users(root: str = "/") -> list[str]:
+    """What has the card open, as "NAME (PID)", or holds its module, whatever nvidia-smi is able to say."""
+    found = set()
+    for descriptor in glob.iglob(os.path.join(root, "proc/[0-9]*/fd/*")):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if os.readlink(descriptor).startswith("/dev/nvidia"):
+                found.add(int(descriptor.split(os.sep)[-3]))
+    return [f"{read(root, 'proc', str(pid), 'comm')} ({pid})" for pid in sorted(found)] + [
+        f"module {name}" for name in sorted(_holders(root) - set(MODULES))
+    ]
+
+
+def references(root: str = "/") -> int:
+    """How many of the kernel's references to the loaded module are not those of modules."""
+    return int(read(root, f"sys/module/{MODULE}/refcnt") or 0) - len(_holders(root))
+
+
+def _holders(root: str) -> set[str]:
+    return {os.path.basename(path) for path in glob.glob(os.path.join(root, f"sys/module/{MODULE}/holders/*"))}
 
 
 def version_key(text: str) -> list[tuple[int, int, str]]:
