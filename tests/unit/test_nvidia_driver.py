@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,67 @@ def test_only_the_drivers_module_is_built(tmp_path: Path, status: str, built: st
 def test_a_host_without_dkms_builds_nothing() -> None:
     script = (ROLE / "files/build.sh").read_text().replace("command -v dkms", "command -v there-is-none")
     subprocess.run(["sh", "-c", script, "sh", KERNEL], check=True)
+
+
+class TestReboot:
+    """The command of the reboot, on a host that is a folder."""
+
+    @pytest.fixture
+    def host(self, tmp_path: Path) -> Path:
+        for folder in ("lib", "run", "proxy", "bin"):
+            (tmp_path / folder).mkdir()
+        for service in ("ai-prod", "vllm"):
+            (tmp_path / "lib" / service).mkdir()
+            (tmp_path / "lib" / service / "state.json").touch()
+        (tmp_path / "proxy/vllm.cfg").touch()
+        (tmp_path / "bin/systemctl").write_text(
+            f'#!/bin/sh\necho "$*" >>{tmp_path}/acts\n[ "$1" != reboot ] || [ ! -e {tmp_path}/broken ]\n'
+        )
+        (tmp_path / "bin/systemctl").chmod(0o755)
+        return tmp_path
+
+    def run(self, host: Path) -> subprocess.CompletedProcess[str]:
+        script = (ROLE / "files/reboot.sh").read_text()
+        for real, made in (("/var/lib/nemo", "lib"), ("/run/nemo", "run"), ("/etc/nemo/proxy", "proxy")):
+            assert real in script
+            script = script.replace(real, str(host / made))
+        assert "sleep 60" in script
+        script = script.replace("sleep 60", "sleep 1")
+        environment = {"PATH": f"{host}/bin:/usr/bin:/bin"}
+        return subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False, env=environment)
+
+    def is_held(self, host: Path, service: str) -> bool:
+        with (host / f"run/{service}.lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def test_has_every_lock_until_the_shutdown(self, host: Path) -> None:
+        assert self.run(host).returncode == 0
+        assert self.is_held(host, "ai-prod")
+        assert self.is_held(host, "vllm")
+        assert (host / "acts").read_text().splitlines() == ["stop nemo-proxy-*.socket", "reboot"]
+
+    def test_waits_for_nobody(self, host: Path) -> None:
+        with (host / "run/vllm.lock").open("w") as lock:
+            lock.write('{"by": "kim", "what": "v0.33.0"}')
+            lock.flush()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = self.run(host)
+        assert done.returncode == 75
+        assert done.stderr == 'no reboot while another run is at work on vllm: {"by": "kim", "what": "v0.33.0"}\n'
+        assert not (host / "acts").exists()
+
+    def test_one_that_does_not_come_about_gives_the_service_back(self, host: Path) -> None:
+        (host / "broken").touch()
+        assert self.run(host).returncode == 1
+        assert (host / "acts").read_text().splitlines()[-1] == "start nemo-proxy-vllm.service"
+        assert not self.is_held(host, "vllm")
+
+    def test_a_host_without_services(self, tmp_path: Path, host: Path) -> None:
+        for service in ("ai-prod", "vllm"):
+            (host / "lib" / service / "state.json").unlink()
+        (host / "proxy/vllm.cfg").unlink()
+        assert self.run(host).returncode == 0
