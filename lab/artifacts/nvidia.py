@@ -169,11 +169,13 @@ def drivers(machine: str) -> Iterator[Package]:
             for name in MODULES
         }  # fmt: skip
         yield Package(
-            "nvidia-kernel-open-dkms", whole, f"dkms, firmware-nvidia-gsp (= {whole})",
+            "nvidia-kernel-open-dkms", whole, f"dkms, firmware-nvidia-gsp (= {whole}), nvidia-firmware-{branch}-{version}",
             {**modules, "usr/lib/nemo-lab/nvidia-module": _stub("nvidia-module"), "etc/modprobe.d/nvidia-lab.conf": MODPROBE},
             {"postinst": BUILD.format(version), "prerm": UNBUILD},
         )  # fmt: skip
         yield Package("firmware-nvidia-gsp", whole, "", {f"usr/lib/firmware/nvidia/{version}/gsp_ga10x.bin": b"stub\n"})
+        # Ubuntu's name for the firmware: no such package has another version, or belongs to another branch.
+        yield Package(f"nvidia-firmware-{branch}-{version}", whole)
         for name, file in (("libnvidia-ml1", "libnvidia-ml"), ("libcuda1", "libcuda")):
             yield Package(
                 name,

@@ -24,6 +24,8 @@ SECURE_BOOT = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e09
 # Seconds for one program. nvidia-smi hangs on some broken cards; the first call of a cold driver takes some seconds.
 TIMEOUT = 30
 MODULE = "nvidia"
+# In the order in which they may go; nvidia last, because the others use it.
+MODULES = ("nvidia_uvm", "nvidia_drm", "nvidia_modeset", MODULE)
 PACKAGES = ("*nvidia*", "cuda-drivers*", "libcuda1*")  # names of the driver's packages, of every distribution
 # Names of what a kernel comes from and is followed up by; Debian's and Ubuntu's, then Amazon's.
 KERNELS = ("linux-image-*", "linux-headers-*", "linux-modules-*", "linux-aws*", "kernel", "kernel[0-9]*", "kernel-*")
@@ -105,9 +107,30 @@ def on_the_bus(root: str = "/") -> list[str]:
     """PCI addresses of NVIDIA's cards, whether a driver is there or not."""
     found = []
     for device in sorted(glob.glob(os.path.join(root, "sys/bus/pci/devices/*"))):
-        if _read(device, "vendor") == VENDOR and _read(device, "class").startswith(DISPLAY):
+        if read(device, "vendor") == VENDOR and read(device, "class").startswith(DISPLAY):
             found.append(os.path.basename(device))
     return found
+
+
+def users(root: str = "/") -> list[str]:
+    """What has the card open, as "NAME (PID)", or holds its module, whatever nvidia-smi is able to say."""
+    found = set()
+    for descriptor in glob.iglob(os.path.join(root, "proc/[0-9]*/fd/*")):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if os.readlink(descriptor).startswith("/dev/nvidia"):
+                found.add(int(descriptor.split(os.sep)[-3]))
+    return [f"{read(root, 'proc', str(pid), 'comm')} ({pid})" for pid in sorted(found)] + [
+        f"module {name}" for name in sorted(_holders(root) - set(MODULES))
+    ]
+
+
+def references(root: str = "/") -> int:
+    """How many of the kernel's references to the loaded module are not those of modules."""
+    return int(read(root, f"sys/module/{MODULE}/refcnt") or 0) - len(_holders(root))
+
+
+def _holders(root: str) -> set[str]:
+    return {os.path.basename(path) for path in glob.glob(os.path.join(root, f"sys/module/{MODULE}/holders/*"))}
 
 
 def version_key(text: str) -> list[tuple[int, int, str]]:
@@ -126,7 +149,7 @@ def read_xids(log: str) -> list[dict[str, Any]]:
 
 
 def _driver(root: str, run: Runner) -> dict[str, Any]:
-    running = _read(root, "proc/sys/kernel/osrelease")
+    running = read(root, "proc/sys/kernel/osrelease")
     following = _next_kernel(root, run) or running
     module = _module(run, running)
     packages, kernels = _packages(root, run)
@@ -158,7 +181,7 @@ def _headers(root: str, kernel: str) -> bool:
 
 def _loaded(root: str) -> tuple[str, bool]:
     """Version of the loaded module, and whether it is the open one."""
-    for line in _read(root, "proc/driver/nvidia/version").splitlines():
+    for line in read(root, "proc/driver/nvidia/version").splitlines():
         if line.startswith("NVRM version:"):
             number = _NUMBER.search(line)
             return (number[0] if number else ""), "Open Kernel Module" in line
@@ -206,7 +229,7 @@ def _packages(root: str, run: Runner) -> tuple[list[dict[str, Any]], list[dict[s
     if not found:
         shown = "%{NAME} %{VERSION}-%{RELEASE}\n"
         _code, out, _err = run(["rpm", "--query", "--all", "--queryformat", shown, *PACKAGES, *KERNELS])
-        locks = _read(root, "etc/dnf/plugins/versionlock.list").splitlines()
+        locks = read(root, "etc/dnf/plugins/versionlock.list").splitlines()
         for row in (line.split() for line in sorted(set(out.splitlines()))):
             if len(row) == 2:
                 found.append({"name": row[0], "version": row[1], "held": any(_locks(lock, *row) for lock in locks)})
@@ -351,7 +374,8 @@ def _reboot(found: dict[str, Any]) -> dict[str, Any]:
     return {"needed": bool(why), "why": why}
 
 
-def _read(*parts: str) -> str:
+def read(*parts: str) -> str:
+    """A file's text without white space around it; nothing where it cannot be read."""
     with contextlib.suppress(OSError), open(os.path.join(*parts), encoding="utf-8", errors="replace") as stream:
         return stream.read().strip()
     return ""

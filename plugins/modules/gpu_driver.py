@@ -12,8 +12,9 @@ version_added: "0.1.0"
 author: The nemo platform project (@nemo-platform)
 description:
   - Loads the driver's kernel module where it is installed and not loaded; takes nouveau out before, if that has the card.
-  - Reloads it where the loaded version is another one than the installed one and nothing uses the card. What uses it is never
-    ended, so that the older module stays then, and a reboot is due (RV(gpu.reboot)).
+  - Reloads it where the loaded version is another one than the installed one and nothing uses the card, which its open device files
+    and the kernel's references tell. What uses it is never ended, so that the older module stays then, and a reboot is due
+    (RV(gpu.reboot)).
   - Turns persistence mode on.
   - Looks again afterwards. A driver that stays unusable is no failure of the task, RV(gpu) says what is wrong.
 options:
@@ -72,9 +73,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.nemo.platform.plugins.module_utils import gpu
 
-# In the order in which they may go; nvidia last, because the others use it.
-MODULES = ("nvidia_uvm", "nvidia_drm", "nvidia_modeset", "nvidia")
 DAEMON = "nvidia-persistenced.service"
+DAEMON_NAME = DAEMON[:15]  # as the kernel knows it
 
 
 class Driver:
@@ -119,9 +119,11 @@ class Driver:
         driver = self.found["driver"]
         if not driver["loaded"] or not driver["installed"] or driver["loaded"] == driver["installed"]:
             return
-        if self.found["processes"]:
-            names = ", ".join(f"{process['name']} ({process['pid']})" for process in self.found["processes"])
-            self.refused.append(f"nvidia {driver['loaded']} is in use by {names}")
+        # nvidia-smi tells nothing of processes while its library is of another version than the module.
+        users = [user for user in gpu.users(self.root) if not user.startswith(DAEMON_NAME)]
+        users = [f"{process['name']} ({process['pid']})" for process in self.found["processes"]] or users
+        if users:
+            self.refused.append(f"nvidia {driver['loaded']} is in use by {', '.join(users)}")
             return
         if self.check:
             self._did(f"would reload nvidia {driver['installed']} if nothing uses {driver['loaded']}")
@@ -130,14 +132,28 @@ class Driver:
         daemon = self.run(["systemctl", "is-active", "--quiet", DAEMON])[0] == 0
         if daemon:
             self._try("systemctl", "stop", DAEMON)
-        # One that is not loaded is no error to modprobe, one that is not there is: only the last one counts.
-        for module in MODULES[:-1]:
-            self.run(["modprobe", "--remove", module])
-        if self._try("modprobe", "--remove", gpu.MODULE) and self._insert():
+        if not self._remove():
+            if daemon:  # its library may be of another version than the module that stays: it need not start
+                self.run(["systemctl", "start", DAEMON])
+            return
+        if self._insert():
             self._did(f"reloaded nvidia: {driver['installed']} in place of {driver['loaded']}")
         if daemon:
             self._try("systemctl", "start", DAEMON)
             self.found = gpu.look(self.root, self.run)
+
+    def _remove(self) -> bool:
+        """The modules, nvidia last; none where that one would stay, as the others on the disk are not those that are loaded."""
+        if gpu.references(self.root) > 0:
+            self.refused.append(f"nvidia {self.found['driver']['loaded']} is in use by the kernel")
+            return False
+        # One that is not loaded is no error to modprobe, one that is not there is: only the last one counts.
+        for module in gpu.MODULES[:-1]:
+            self.run(["modprobe", "--remove", module])
+        removed = self._try("modprobe", "--remove", gpu.MODULE)
+        if not removed:
+            self.run(["modprobe", "nvidia_uvm"])
+        return removed
 
     def persist(self) -> None:
         """Persistence mode on every card."""

@@ -18,7 +18,9 @@ description:
     given 30 seconds, as C(nvidia-smi) hangs on some broken cards.
 options:
   marker:
-    description: A file whose presence is told in RV(marked), so that a role can see in the same look whether it was here before.
+    description:
+      - A file whose presence is told in RV(marked) and whose text in RV(mark), so that a role can see in the same look whether it
+        was here before, and what it left.
     type: path
 attributes:
   check_mode:
@@ -48,6 +50,11 @@ marked:
   description: Whether O(marker) is there.
   returned: success
   type: bool
+mark:
+  description: The text of O(marker), without white space around it; empty where there is none.
+  returned: success
+  type: str
+  sample: 580.95.05
 gpu:
   description: All that was found.
   returned: success
@@ -164,7 +171,8 @@ def main() -> None:
     """Run the module."""
     module = AnsibleModule(argument_spec={"marker": {"type": "path"}}, supports_check_mode=True)
     marker = module.params["marker"]
-    module.exit_json(changed=False, marked=bool(marker) and os.path.exists(marker), gpu=gpu.look())
+    marked = bool(marker) and os.path.exists(marker)
+    module.exit_json(changed=False, marked=marked, mark=gpu.read(marker) if marked else "", gpu=gpu.look())
 
 
 if __name__ == "__main__":

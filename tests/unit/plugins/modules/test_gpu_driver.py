@@ -161,6 +161,57 @@ def test_what_is_in_use_is_never_taken_away(kernel: Kernel, seen: bool) -> None:
     assert driver.found["reboot"]["needed"]
 
 
+def opens(kernel: Kernel, pid: int, name: str, file: str) -> None:
+    kernel.write(f"proc/{pid}/comm", f"{name}\n")
+    kernel.write(f"proc/{pid}/fd", "", folder=True)
+    (kernel.root / f"proc/{pid}/fd/7").symlink_to(file)
+
+
+def test_who_has_the_card_open_is_seen_though_nvidia_smi_says_nothing(kernel: Kernel) -> None:
+    kernel.load(OLD)
+    kernel.daemon = kernel.mute = True
+    opens(kernel, 812, "nvidia-persiste", "/dev/nvidiactl")
+    opens(kernel, 900, "bash", "/dev/null")
+    opens(kernel, 4711, "dcgm-exporter", "/dev/nvidia0")
+    driver = go(kernel)
+    assert driver.refused == [f"nvidia {OLD} is in use by dcgm-exporter (4711)"]
+    assert (driver.done, kernel.acts) == ([], [])
+
+
+def test_a_module_that_holds_the_drivers_is_named(kernel: Kernel) -> None:
+    kernel.load(OLD)
+    for name in ("nvidia_uvm", "nvidia_peermem"):
+        kernel.write(f"sys/module/nvidia/holders/{name}", "", folder=True)
+    assert go(kernel).refused == [f"nvidia {OLD} is in use by module nvidia_peermem"]
+    assert kernel.acts == []
+
+
+def test_the_daemon_alone_is_no_user(kernel: Kernel) -> None:
+    kernel.load(OLD)
+    kernel.daemon = True
+    opens(kernel, 812, "nvidia-persiste", "/dev/nvidiactl")
+    assert go(kernel).done == [f"reloaded nvidia: {NEW} in place of {OLD}"]
+
+
+def test_what_the_kernel_counts_is_asked_before_anything_goes(kernel: Kernel) -> None:
+    kernel.load(OLD)
+    kernel.daemon = True
+    kernel.write("sys/module/nvidia/holders/nvidia_uvm", "", folder=True)
+    kernel.write("sys/module/nvidia/refcnt", "2\n")
+    assert go(kernel).refused == [f"nvidia {OLD} is in use by the kernel"]
+    assert kernel.acts == ["systemctl stop nvidia-persistenced.service", "systemctl start nvidia-persistenced.service"]
+    kernel.write("sys/module/nvidia/refcnt", "1\n")
+    assert go(kernel).done == [f"reloaded nvidia: {NEW} in place of {OLD}"]
+
+
+def test_a_refusal_leaves_all_as_it_was(kernel: Kernel) -> None:
+    kernel.load(OLD)
+    kernel.daemon = kernel.in_use = kernel.mute = True
+    driver = go(kernel)
+    assert driver.refused == ["modprobe --remove nvidia: modprobe: FATAL: Module nvidia is in use."]
+    assert kernel.acts[-2:] == ["modprobe nvidia_uvm", "systemctl start nvidia-persistenced.service"]
+
+
 def test_check_mode_does_nothing(kernel: Kernel) -> None:
     kernel.load(OLD)
     kernel.persistence = False
