@@ -83,7 +83,7 @@ class Proxy(Protocol):
     def ensure(self, settings: ProxySettings, active: str, ports: Ports) -> str: ...
     def switch(self, settings: ProxySettings, active: str, ports: Ports, standby: bool = False) -> None: ...
     def hold(self, active: str) -> None: ...
-    def counters(self, slot: str) -> Counters: ...
+    def counters(self, slot: str) -> dict[str, Counters] | None: ...
     def cut(self, slot: str) -> None: ...
     def remove(self) -> bool: ...
     def detour(self, settings: ProxySettings, port: int, release: int) -> bool: ...
@@ -858,12 +858,14 @@ class Releaser:
     def drain(self, slot: str) -> None:
         until = self.clock() + self.params["drain_timeout"]
         while True:
-            left = self.proxy.counters(slot).current
-            if not left:
+            seen = self.proxy.counters(slot)
+            left = None if seen is None else sum(worker.current for worker in seen.values())
+            if left == 0:
                 return
             if self.clock() >= until:
-                text = "%d requests were still being answered %s s after the switch, and were ended"
-                self.warnings.append(text % (left, self.params["drain_timeout"]))
+                what = "HAProxy did not say how many" if left is None else "%d" % left
+                text = "%s requests were still being answered %s s after the switch, and were ended"
+                self.warnings.append(text % (what, self.params["drain_timeout"]))
                 self.proxy.cut(slot)
                 return
             self.sleep(0.2)
@@ -1125,6 +1127,7 @@ class Releaser:
         until = self.clock() + seconds
         restarts = self.alive(record, None).restarts
         first = self.proxy.counters(slot)
+        seen = dict(first or {})
         lost = 0
         while True:
             try:
@@ -1132,9 +1135,13 @@ class Releaser:
             except ReleaseError as error:
                 raise ReleaseError("bake", "%s, with traffic on it" % error.text, error.log_tail) from error
             now = self.proxy.counters(slot)
-            if now.total < first.total:
-                first = Counters(0, 0, 0)  # HAProxy was started again, and counts anew
-            total, errors = now.total - first.total, now.errors - first.errors
+            if now is not None:
+                # Each worker counts for itself: one of before a reload may end, one that is started again counts anew.
+                first = now if first is None else first
+                seen.update(now)
+            before = list((first or {}).values())
+            total = sum(entry.total for entry in seen.values()) - sum(entry.total for entry in before)
+            errors = sum(entry.errors for entry in seen.values()) - sum(entry.errors for entry in before)
             share = 100.0 * errors / total if total else 0.0
             if total >= self.params["bake_min_requests"] and share > self.params["bake_error_percent"]:
                 text = "%d of %d requests failed (%.1f %%); allowed: %s %%"

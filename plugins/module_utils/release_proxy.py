@@ -618,19 +618,20 @@ class HAProxy:
     def tell(self, worker: str, command: str) -> None:
         self.ask("@!%s %s" % (worker, command))
 
-    def counters(self, slot: str) -> Counters:
-        """Of all workers together; zeros while none answers."""
-        current = total = errors = 0
+    def counters(self, slot: str) -> dict[str, Counters] | None:
+        """Of each worker, by its process id; None where one does not answer, nothing where no HAProxy runs."""
+        found: dict[str, Counters] = {}
         try:
             for worker in self.workers():
-                row = self.servers(worker).get(slot)
-                if row:
-                    current += int(row["scur"] or 0)
-                    total += int(row["stot"] or 0)
-                    errors += sum(int(row[name] or 0) for name in ("hrsp_5xx", "econ", "eresp"))
-        except OSError:
-            pass
-        return Counters(current, total, errors)
+                row = self.servers(worker)[slot]
+                errors = sum(int(row[name] or 0) for name in ("hrsp_5xx", "econ", "eresp"))
+                found[worker] = Counters(int(row["scur"] or 0), int(row["stot"] or 0), errors)
+        except (OSError, KeyError, ValueError):  # busy, or a worker that has just ended
+            found = {}
+        if found:
+            return found
+        _rc, state, _err = self.execute(("systemctl", "is-active", "%s.service" % self.unit), (), {})
+        return {} if state.strip() in ("inactive", "failed") else None
 
     def cut(self, slot: str) -> None:
         """End what still runs on a server."""

@@ -141,6 +141,8 @@ class Host:
             self.start()
         if words[:2] == ["systemctl", "stop"]:
             self.workers, self.bound = {}, ""
+        if words[:2] == ["systemctl", "is-active"]:
+            return (0, "active\n", "") if self.workers else (3, "inactive\n", "")
         if words[:2] == ["systemctl", "show"]:
             state = f"ActiveState=active\nListen={self.bound} (Stream)\n" if self.bound else "ActiveState=inactive\n"
             return 0, state, ""
@@ -262,20 +264,29 @@ def test_what_haproxy_refuses_is_never_in_place(host: Host) -> None:
     assert not Path(f"{host.proxy.configuration}.draft").exists()
 
 
-def test_counters_are_those_of_all_workers(host: Host) -> None:
+def test_counters_are_those_of_each_worker(host: Host) -> None:
     host.proxy.ensure(SETTINGS, "a", {"a": 20001})
     host.start()
     for worker in host.workers.values():
         worker.servers["a"]["scur"] = 2
-    assert host.proxy.counters("a") == (4, 200, 12)
+    assert host.proxy.counters("a") == {"102": (2, 100, 6), "101": (2, 100, 6)}
+
+
+def test_a_worker_that_does_not_answer_is_no_zero(host: Host) -> None:
+    host.proxy.ensure(SETTINGS, "a", {"a": 20001})
+    host.start()
+    host.workers["101"].servers.clear()  # it has just ended
+    assert host.proxy.counters("a") is None
 
 
 def test_a_haproxy_that_does_not_answer_counts_nothing_and_serves_nothing(host: Host) -> None:
     host.proxy.ensure(SETTINGS, "a", {"a": 20001})
     host.server.shutdown()
     Path(host.proxy.master).unlink()
-    assert host.proxy.counters("a") == (0, 0, 0)
+    assert host.proxy.counters("a") is None
     assert host.proxy.difference(SETTINGS, "a", {"a": 20001}) == "HAProxy does not run"
+    host.workers = {}
+    assert host.proxy.counters("a") == {}, "one that does not run has nothing left to answer"
 
 
 def test_nothing_is_left_after_its_removal(host: Host) -> None:

@@ -108,9 +108,14 @@ class FakeProxy:
         self.save(state)
         self.after("proxy hold")
 
-    def counters(self, slot: str) -> Counters:
+    def counters(self, slot: str) -> dict[str, Counters] | None:
+        """A test sets those of one worker, those of several by their process ids, or None for no answer."""
         self.on_counters(slot)
-        return Counters(*self.load()["counters"].get(slot, [0, 0, 0]))
+        found = self.load()["counters"].get(slot, [0, 0, 0])
+        if found is None:
+            return None
+        workers = found if isinstance(found, dict) else {"1": found}
+        return {worker: Counters(*values) for worker, values in workers.items()}
 
     def cut(self, slot: str) -> None:
         self.calls.append("cut")

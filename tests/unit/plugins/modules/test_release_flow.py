@@ -375,6 +375,30 @@ def test_requests_that_fail_lead_the_traffic_back(world: World) -> None:
     assert world.failing(2)[0].reason == "failed_before"
 
 
+def test_a_haproxy_that_does_not_answer_is_no_haproxy_without_requests(world: World) -> None:
+    """Neither in the watch, where what it had counted before would be new afterwards, nor where the old release ends."""
+    world.release(1)
+    world.release(2)
+    slot = world.record()["slot"]
+    answers = iter([None, None, [0, 100_000, 90_000], None, {"1": [0, 100_000, 90_000], "2": [0, 30, 0]}, None])
+    statuses: list[str] = []
+
+    def counters(asked: str) -> None:
+        if asked != slot:  # of the one that is watched
+            world.proxy.set(counters={asked: next(answers, None), slot: None})
+        else:
+            statuses.append(world.box(old)["status"])
+
+    old = world.record()["release"]
+    world.proxy.on_counters = counters
+    done = world.release(4)
+    assert any("30 requests in the time of its watch, 0 failed" in step for step in done.steps)
+    assert len(statuses) > 10
+    assert set(statuses) == {"running"}
+    assert any("HAProxy did not say how many requests were still being answered" in text for text in done.warnings)
+    world.expect_settled(FOUR)
+
+
 def test_few_requests_decide_nothing(world: World) -> None:
     world.release(1)
     world.proxy.on_counters = lambda slot: world.proxy.set(
