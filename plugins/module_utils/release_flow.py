@@ -16,7 +16,6 @@ Nothing here may rely on a ``finally`` clause or an exception handler to leave t
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -51,6 +50,7 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     port_range,
     probe_http,
     question_of,
+    release_error,
     request_timeout,
     settings_of,
     spec_of,
@@ -636,8 +636,8 @@ class Releaser:
             self.images_lock.release()
             self.say("proving it on port %d" % record["host_port"])
             self.prove(record)
-        except (ReleaseError, OSError) as error:
-            self.back_out(journal, error)
+        except Exception as error:
+            self.back_out(journal, release_error(error))
         self.advance(journal)
 
     def alone(self, journal: Record) -> None:
@@ -677,12 +677,13 @@ class Releaser:
             if journal["from"] or journal["legacy"]:  # else there is nothing to turn back to
                 self.bake(journal["record"])
             self.commit(journal)
-        except (ReleaseError, OSError) as error:
-            self.back_out(journal, error)
+        except Exception as error:
+            self.back_out(journal, release_error(error))
         try:
             self.finish(journal)
-        except (ReleaseError, OSError) as error:
-            self.warnings.append("the release serves, but tidying up failed and is left to the next run: %s" % error)
+        except Exception as error:
+            text = "the release serves, but tidying up failed and is left to the next run: %s"
+            self.warnings.append(text % release_error(error).text)
 
     def place(self, record: Record, image: Record, new: bool, journal: Record | None = None) -> None:
         """The release's container runs, on a port that is free."""
@@ -879,15 +880,10 @@ class Releaser:
 
     # -- when it goes wrong
 
-    def back_out(self, journal: Record, error: Exception) -> NoReturn:
+    def back_out(self, journal: Record, error: ReleaseError) -> NoReturn:
         """What served before serves; then the run fails with what the new release said."""
         record = journal["record"]
-        reason = error.reason if isinstance(error, ReleaseError) else "start"
-        text = error.text if isinstance(error, ReleaseError) else str(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = "no_space"
-        log = list(error.log_tail) if isinstance(error, ReleaseError) else []
-        cause = ""
+        reason, text, log, cause = error.reason, error.text, list(error.log_tail), ""
         seconds = self.clock() - self.began
         try:
             self.changed = bool(self.store.read("transition.json"))
@@ -905,8 +901,9 @@ class Releaser:
             self.save()
             self.store.delete("transition.json")
             self.say("taken back %.1f s after the decision" % (self.clock() - self.began - seconds))
-        except (ReleaseError, OSError) as second:
-            text += ". WHAT SERVED BEFORE DOES NOT SERVE EITHER: %s. The next run tries again" % second
+        except Exception as second:
+            what = release_error(second).text
+            text += ". WHAT SERVED BEFORE DOES NOT SERVE EITHER: %s. The next run tries again" % what
         raise ReleaseError(reason, text, log, cause)
 
     def cause(self, box: Container) -> str:

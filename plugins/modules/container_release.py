@@ -478,6 +478,7 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     Settings,
     Store,
     check_request,
+    release_error,
     settings_of,
     utc_now,
 )
@@ -703,10 +704,8 @@ def main() -> None:
             lock.sign({"by": by, "since": utc_now(), "pid": os.getpid(), "what": params["tag"] or params["state"]})
         releaser.load()  # another run may have released while this one waited for the lock
         {"present": releaser.present, "absent": releaser.absent, "rolled_back": releaser.rollback}[params["state"]]()
-    except ReleaseError as failure:
-        error = failure
-    except OSError as failure:
-        error = ReleaseError("no_space" if failure.errno in (28, 122) else "docker", str(failure))
+    except Exception as failure:
+        error = release_error(failure)
 
     bare = module.check_mode and error is not None and error.reason in ("docker_missing", "engine_down")
     bare = bare and params["state"] != "rolled_back"

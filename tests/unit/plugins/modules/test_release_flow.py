@@ -399,6 +399,25 @@ def test_a_haproxy_that_does_not_answer_is_no_haproxy_without_requests(world: Wo
     world.expect_settled(FOUR)
 
 
+@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), KeyError("State"), ValueError("no JSON")])
+def test_whatever_else_goes_wrong_is_taken_back_too(world: World, error: Exception) -> None:
+    world.release(1)
+    raised: list[Exception] = []
+
+    def counters(_slot: str) -> None:
+        if not raised and world.answering() == TWO:
+            raised.append(error)
+            raise error
+
+    world.proxy.on_counters = counters
+    failure, done = world.failing(2)
+    assert failure.reason == "unexpected"
+    assert type(error).__name__ in failure.text or str(error) in failure.text
+    assert done.action == "restored"
+    world.expect_settled(ONE)
+    assert world.state()["failed"] == [], "it was not the image"
+
+
 def test_few_requests_decide_nothing(world: World) -> None:
     world.release(1)
     world.proxy.on_counters = lambda slot: world.proxy.set(
