@@ -728,6 +728,7 @@ class Container(NamedTuple):
     memory: int
     image: str
     started: str = ""  # when, as the engine writes it
+    policy: str = RESTART
 
     @property
     def record(self) -> Record | None:
@@ -749,9 +750,12 @@ class Container(NamedTuple):
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Container:
         state = data["State"]
+        host = data.get("HostConfig") or {}
         ports: set[int] = set()
-        for bindings in ((data.get("HostConfig") or {}).get("PortBindings") or {}).values():
+        for bindings in (host.get("PortBindings") or {}).values():
             ports.update(int(entry["HostPort"]) for entry in bindings or [] if entry.get("HostPort"))
+        restart = host.get("RestartPolicy") or {}
+        most = restart.get("MaximumRetryCount")
         return cls(
             name=data["Name"].lstrip("/"),
             status=state.get("Status", ""),
@@ -763,9 +767,10 @@ class Container(NamedTuple):
             error=state.get("Error") or "",
             labels=(data.get("Config") or {}).get("Labels") or {},
             ports=ports,
-            memory=int((data.get("HostConfig") or {}).get("Memory") or 0),
+            memory=int(host.get("Memory") or 0),
             image=data.get("Image") or "",
             started=state.get("StartedAt") or "",
+            policy=(restart.get("Name") or "no") + (":%d" % most if most else ""),
         )
 
 

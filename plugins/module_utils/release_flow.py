@@ -620,6 +620,7 @@ class Releaser:
             "legacy": bool(self.legacy and not self.current),
             "detour": 0,
             "held": False,
+            "policy": self.legacy.policy if self.legacy else "",
             "ports": {},
             "proxy": self.wanted_public,
             "by": self.by,
@@ -652,6 +653,25 @@ class Releaser:
     def takes_turns(journal: Record) -> bool:
         return bool(journal.get("strategy") == "stop-start")
 
+    def has_other(self, journal: Record) -> bool:
+        """Whether another release comes back by itself, so that this one need not, as long as it is not committed.
+
+        One that ends while it is watched is then refused by its port, and HAProxy asks the one that stands by, whatever the
+        method; while the engine starts it again, its port would accept requests and lose them.
+        """
+        return bool(journal["from"] or (journal["legacy"] and self.takes_turns(journal)))
+
+    def keep_up(self, journal: Record) -> None:
+        """What is led to comes back by itself from now on, and what it replaces is as it was."""
+        if not self.has_other(journal):
+            return
+        names = [self.box_name(journal["record"])]
+        if self.takes_turns(journal):
+            names += [box.name for release, box in self.boxes.items() if release == journal["from"]]
+        self.docker.restart_policy(RESTART, *names)
+        if journal["legacy"] and self.legacy:
+            self.docker.restart_policy(journal.get("policy") or RESTART, self.name)
+
     def stop_first(self, journal: Record) -> None:
         """Where two do not fit: what serves stops, after it has answered what it was asked."""
         origin = self.record
@@ -665,8 +685,7 @@ class Releaser:
             self.say("no new requests for %s" % label_of(origin))
             self.proxy.hold(origin["slot"])
             self.drain(origin["slot"])
-        if origin:
-            self.docker.restart_policy("always", old)  # so that it is back after a reboot, though it was stopped
+        self.docker.restart_policy("always", old)  # so that it is back after a reboot, though it was stopped
         self.say("stopping the old release")
         self.docker.stop(old, int((origin["settings"] if origin else self.params)["stop_timeout"]))
 
@@ -690,8 +709,7 @@ class Releaser:
         name = self.box_name(record)
         tried: set[int] = set()
         box = self.inspect(record)
-        # One that has taken another's place does not come back by itself before it is proven: the other does.
-        restart = "no" if journal and journal["from"] and self.takes_turns(journal) else RESTART
+        restart = "no" if journal and self.has_other(journal) else RESTART
         if box and restart != RESTART:
             self.docker.restart_policy(restart, name)
         while True:
@@ -755,6 +773,7 @@ class Releaser:
         record["slot"] = slot
         self.journal(journal, step="switch", ports=ports)
         public = journal["proxy"]
+        standby = False
         self.say("leading traffic to it")
         if journal["legacy"]:
             self.move(journal, public, slot, ports)
@@ -766,8 +785,8 @@ class Releaser:
             self.proxy.switch(public, slot, ports, standby)
         else:
             self.proxy.ensure(public, slot, ports)
-        if origin and self.takes_turns(journal):
-            self.docker.restart_policy(RESTART, self.box_name(record), self.box_name(origin))
+        if not standby:
+            self.keep_up(journal)
         problem = self.problem_of(self.local(public["address"]), public["port"], record)
         if problem:
             raise ReleaseError("proxy", "it does not answer through port %d: %s" % (public["port"], problem))
@@ -787,6 +806,7 @@ class Releaser:
         self.journal(journal, detour=0)
 
     def commit(self, journal: Record) -> None:
+        self.keep_up(journal)
         record = dict(journal["record"], since=utc_now(), by=journal["by"], kind=journal["kind"])
         if journal["kind"] == "release":
             record["intent"] = "deploy" if self.kept else self.params["intent"]
@@ -942,7 +962,11 @@ class Releaser:
         self.look()
         if journal["legacy"]:
             self.proxy.remove()
+            if self.takes_turns(journal):
+                self.stop_failed(journal)
             self.docker.start(self.name)  # of a container that runs already this is no change
+            if self.takes_turns(journal):
+                self.docker.restart_policy(journal.get("policy") or RESTART, self.name)
             if journal["detour"]:
                 self.proxy.end_detour(journal["proxy"], journal["detour"], self.params["drain_timeout"])
             if self.legacy and self.legacy.record:
@@ -954,10 +978,12 @@ class Releaser:
             if stood and self.takes_turns(journal):
                 self.stop_failed(journal)
             self.attempt(strict, self.bring_up, origin)
-            if self.takes_turns(journal):
-                kept = [origin] + ([record] if self.find(record["release"]) else [])
+            kept = [origin] if self.takes_turns(journal) else []
+            kept += [record] if self.find(record["release"]) and record["release"] in self.boxes else []
+            if kept:
                 self.docker.restart_policy(RESTART, *[self.box_name(entry) for entry in kept])
-            if (led or journal.get("held")) and self.proxy.is_set_up():
+            # One that stood may have come back on another port.
+            if (led or journal.get("held") or stood) and self.proxy.is_set_up():
                 self.proxy.switch(journal["proxy"], origin["slot"], self.ports)
             said = "The release before it, %s, %s" % (
                 label_of(origin), "serves again" if led or stood else "served all through",

@@ -255,7 +255,8 @@ options:
     description:
       - Seconds for which a new release is watched with real traffic on it, before the old one is stopped. The traffic goes back by itself
         when the container restarts, when it is no longer healthy, or when too many of its requests fail, as HAProxy counts them.
-      - Meanwhile the old release gets one request in a few hundred, and what the new one does not accept.
+      - Meanwhile the old release gets one request in a few hundred, and what the new one does not accept. A new one that ends is not started
+        again, so that its port refuses at once, and the old one answers, whatever the method.
       - A first release is not watched, for there is nothing to turn back to.
     type: int
     default: 30

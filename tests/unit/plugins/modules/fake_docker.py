@@ -213,6 +213,7 @@ class FakeDocker:
                     "Image": entry["image"],
                     "HostConfig": {
                         "Memory": 1 << 30,
+                        "RestartPolicy": {"Name": entry.get("policy", "unless-stopped"), "MaximumRetryCount": 0},
                         "PortBindings": {"8000/tcp": [{"HostIp": "", "HostPort": str(entry["port"])}]},
                     },
                 }

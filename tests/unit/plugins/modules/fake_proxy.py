@@ -51,8 +51,9 @@ class FakeProxy:
             return port
         running = state["running"]
         if running and running["settings"]["port"] == port and not running.get("held"):
-            found: int | None = running["ports"].get(running["active"])
-            return found
+            ports = dict(running["ports"])
+            first = [ports.pop(running["active"], None), *(ports.values() if running["standby"] else [])]
+            return next((found for found in first if found and self.engine.listener(found)), first[0])
         return None
 
     # what a release uses
@@ -64,8 +65,8 @@ class FakeProxy:
         return bool(self.load()["file"])
 
     @staticmethod
-    def wanted(settings: dict[str, Any], active: str, ports: dict[str, int]) -> dict[str, Any]:
-        return {"settings": settings, "active": active, "ports": ports}
+    def wanted(settings: dict[str, Any], active: str, ports: dict[str, int], standby: bool = False) -> dict[str, Any]:
+        return {"settings": settings, "active": active, "ports": ports, "standby": standby}
 
     def difference(self, settings: dict[str, Any], active: str, ports: dict[str, int]) -> str:
         state = self.load()
@@ -81,13 +82,15 @@ class FakeProxy:
 
     def switch(self, settings: dict[str, Any], active: str, ports: dict[str, int], standby: bool = False) -> None:
         self.calls.append("switch with standby" if standby else "switch")
-        self.put(settings, active, ports)
+        self.put(settings, active, ports, standby)
 
-    def put(self, settings: dict[str, Any], active: str, ports: dict[str, int], opening: bool = False) -> None:
+    def put(
+        self, settings: dict[str, Any], active: str, ports: dict[str, int], standby: bool = False, opening: bool = False
+    ) -> None:
         state = self.load()
         if state["error"]:
             raise ReleaseError("proxy", state["error"])
-        wanted = self.wanted(settings, active, ports)
+        wanted = self.wanted(settings, active, ports, standby)
         if state["file"] != wanted:
             state["file"] = wanted
             self.save(state)

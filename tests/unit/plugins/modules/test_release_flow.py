@@ -443,6 +443,48 @@ def test_a_release_that_dies_with_traffic_on_it_is_taken_back(world: World, happ
     world.expect_settled(ONE)
 
 
+def test_a_release_that_ends_while_it_is_watched_costs_no_request(world: World) -> None:
+    """Its port refuses what comes, which the one that stands by then answers; nothing starts it again meanwhile."""
+    world.release(1)
+    down: list[str] = []
+    policies: list[str] = []
+
+    def counters(_slot: str) -> None:
+        for name, box in world.engine.containers().items():
+            if box["labels"]["nemo.tag"] == TWO and box["status"] == "running" and world.answering() == TWO:
+                policies.append(box["policy"])
+                world.change(name, status="exited", exit=4)
+                assert world.answering() == ONE
+
+    def event(what: str) -> None:
+        if not world.answering():
+            down.append(what)
+
+    world.proxy.on_counters = counters
+    with pytest.raises(logic.ReleaseError, match="ended with status 4"):
+        world.act(world.releaser(world.params(2), event=event))
+    assert policies == ["no"]
+    assert down == []
+    world.expect_settled(ONE)
+
+
+def test_an_old_release_that_comes_back_on_another_port_is_led_to(world: World) -> None:
+    world.release(1)
+    port = world.record()["host_port"]
+    gone: list[Any] = []
+
+    def event(what: str) -> None:
+        state = world.engine.load()
+        if what == "docker container start" and not gone:  # of the new one
+            gone.append(state["containers"].pop(f"ai-prod.{world.state()['current']}"))
+            world.engine.save(state)
+
+    with pytest.raises(logic.ReleaseError, match="serves again"):
+        world.act(world.releaser(world.params(3), event=event))
+    assert world.record()["host_port"] != port
+    world.expect_settled(ONE)
+
+
 def test_requests_of_the_old_release_are_waited_for_and_then_ended(world: World) -> None:
     world.release(1)
     slot = world.record()["slot"]
@@ -999,6 +1041,24 @@ def test_a_move_by_either_strategy(world: World, strategy: str) -> None:
     world.expect_settled(TWO)
 
 
+def test_an_old_container_that_made_room_is_back_as_it_was(world: World) -> None:
+    """It comes back after a reboot while the new one is not proven; and it has room again when that one fails."""
+    world.old_container(1, policy="on-failure")
+    world.engine.set(single=True)
+    policies: set[str] = set()
+
+    def event(_what: str) -> None:
+        boxes = world.engine.containers()
+        if boxes["ai-prod"]["status"] == "exited" and world.answering() is None:
+            policies.update(f"{name.partition('.')[0]}{len(name) > 7} {box['policy']}" for name, box in boxes.items())
+
+    with pytest.raises(logic.ReleaseError, match="serves"):
+        world.act(world.releaser(world.params(3, strategy="stop-start"), event=event))
+    assert policies == {"ai-prodFalse always", "ai-prodTrue no"}
+    assert world.answering() == ONE
+    assert world.engine.containers()["ai-prod"]["policy"] == "on-failure"
+
+
 # -- a host that is not as the last run left it
 
 
@@ -1148,6 +1208,8 @@ SCENARIOS: dict[str, tuple[Callable[[World], object], int, str]] = {
     "rolling back": (before_a_rollback, ROLLBACK, "beside"),
     "moving": (lambda world: world.old_container(1), 2, "beside"),
     "moving failing": (lambda world: world.old_container(1), 3, "beside"),
+    "moving by turns": (lambda world: world.old_container(1), 2, "stop-start"),
+    "moving by turns failing": (lambda world: world.old_container(1), 3, "stop-start"),
     "stopping first": (lambda world: world.release(1), 2, "stop-start"),
     "stopping first failing": (lambda world: world.release(1), 3, "stop-start"),
     "taking turns back": (lambda world: before_a_rollback(world, **AT_ONCE), ROLLBACK, "stop-start"),
@@ -1266,8 +1328,15 @@ def test_after_a_kill_at_any_step_the_next_run_ends_well(tmp_path: Path, scenari
     assert {entry["policy"] for entry in world.engine.containers().values()} == {"unless-stopped"}
 
 
-@pytest.mark.parametrize("scenario", [name for name, (_s, _n, strategy) in SCENARIOS.items() if strategy != "beside"])
-def test_a_reboot_in_the_middle_of_taking_turns_brings_back_what_answers(tmp_path: Path, scenario: str) -> None:
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        name
+        for name, (_s, _n, strategy) in SCENARIOS.items()
+        if strategy != "beside" or name in ("replacing", "rolling back")
+    ],
+)
+def test_a_reboot_in_the_middle_brings_back_what_answers(tmp_path: Path, scenario: str) -> None:
     _start, number, strategy = SCENARIOS[scenario]
     down: list[str] = []
     for at in [at for name, at in points() if name == scenario]:
@@ -1275,7 +1344,7 @@ def test_a_reboot_in_the_middle_of_taking_turns_brings_back_what_answers(tmp_pat
         path.mkdir()
         world = prepare(path, scenario)
         before = world.answering()
-        world.engine.set(single=True)
+        world.engine.set(single=strategy == "stop-start")
         what = with_kill(world, number, at, strategy)
         world.engine.restart()
         world.proxy.kill()
