@@ -147,6 +147,14 @@ def newer(tag: str, other: str) -> bool:
     return bool(one and two and one.group(1) == two.group(1) and one.group(2) > two.group(2))
 
 
+def outlasts(tag: str, wanted: str) -> bool:
+    """Whether what was deployed stays where the rule has found another tag: it is newer, or a hotfix, which is of no rule.
+
+    A tag outside of the rule that is asked for was written by somebody who wants it.
+    """
+    return newer(tag, wanted) or bool(RULE.match(wanted) and not RULE.match(tag))
+
+
 def label_of(record: Mapping[str, Any]) -> str:
     return "%s (%s)" % (record.get("tag", "?"), record.get("release", "?"))
 
@@ -319,19 +327,23 @@ class Releaser:
             journal["kind"] = "release"  # whatever the killed run called it
             self.advance(journal)
             return
-        if digest and self.is_there(wanted):
+        if digest and (self.is_there(wanted) or self.failed_before(wanted)):
             return
-        if digest:
-            self.refuse_failed(wanted)
         self.need_on_host(wanted)
         self.lock_images()
         self.preflight()
-        image = self.fetch(digest)
-        if not digest:
-            wanted = self.wanted(self.resolved(image))
-            if self.is_there(wanted):
-                return
-            self.refuse_failed(wanted)
+        try:
+            image = self.fetch(digest)
+            if not digest:
+                wanted = self.wanted(self.resolved(image))
+                if self.is_there(wanted) or self.failed_before(wanted):
+                    return
+            self.check_platform(image, wanted)
+        except ReleaseError as error:
+            if error.reason in TO_REMEMBER and wanted["digest"]:
+                self.mark_failed(self.new_record(wanted, {"Id": ""}), error.reason, error.text)
+                self.save()
+            raise
         self.after = wanted
         self.begin(self.new_record(wanted, image), "release", image)
 
@@ -364,7 +376,16 @@ class Releaser:
         current = self.record
         kept = [entry for entry in self.releases if entry["release"] != self.current]
         if name:
-            target = next((e for e in self.releases if name in (e["release"], e["tag"], e["digest"])), None)
+            named = [e for e in self.releases if name in (e["release"], e["tag"], e["digest"])]
+            left = {entry.get("release") for entry in self.failed}
+            # A tag or digest may be that of several: of the others first, as who asks wants to get away from the current one.
+            order = (
+                lambda e: e["release"] == name,
+                lambda e: e["release"] != self.current and e["release"] not in left,
+                lambda e: e["release"] == self.current,
+                lambda e: True,
+            )
+            target = next((e for fits in order for e in named if fits(e)), None)
         else:
             target = journal["record"] if journal else self.previous
         if journal and target and journal["record"]["release"] == target["release"]:
@@ -377,6 +398,7 @@ class Releaser:
             raise ReleaseError("no_release", "there is no %s; kept are: %s" % (what, there))
         self.before, self.after = (current or {}).get("settings"), target["settings"]
         if target["release"] == self.current:
+            self.say("%s is the release that answers already" % label_of(target))
             return
         self.changed, self.action = True, "rolled_back"
         if self.check_mode:
@@ -415,23 +437,26 @@ class Releaser:
     def hold(self) -> None:
         """A run for the whole site takes nothing back that an operator released, rolled back or pinned here."""
         record = self.record
-        if self.params["intent"] != "converge" or not record or record["image"] != self.params["image"]:
+        if self.params["intent"] != "converge" or not record:
             return
-        if record["tag"] == self.params["tag"] and self.params["digest"] in (None, "", record["digest"]):
+        moved = record["image"] != self.params["image"]
+        if record["tag"] == self.params["tag"] and not moved and self.params["digest"] in (None, "", record["digest"]):
             return
         if self.pinned:
             self.kept = "%s is pinned to %s (%s, by %s at %s)" % (
                 self.name, record["tag"], self.pinned["why"], self.pinned["by"], self.pinned["since"],
             )  # fmt: skip
-        elif record.get("intent") == "deploy" and newer(record["tag"], self.params["tag"] or ""):
-            text = "%s runs %s, which %s deployed and is newer than %s"
-            self.kept = text % (self.name, record["tag"], record["by"], self.params["tag"])
+        elif record.get("intent") == "deploy" and not moved and outlasts(record["tag"], self.params["tag"]):
+            text = "%s runs %s, which %s deployed and " + (
+                "is newer than" if RULE.match(record["tag"]) else "no rule compares with"
+            )
+            self.kept = (text + " %s") % (self.name, record["tag"], record["by"], self.params["tag"])
         else:
             return
         self.warnings.append(
             "%s; it stays. Release %s by playbooks/deploy.yml to change that" % (self.kept, self.params["tag"])
         )
-        self.params.update(tag=record["tag"], digest=record["digest"])
+        self.params.update(image=record["image"], tag=record["tag"], digest=record["digest"])
 
     def wanted_pin(self, kind: str, record: Record) -> Record | None:
         if kind == "rollback":
@@ -445,14 +470,23 @@ class Releaser:
             return self.pinned
         return {"by": self.by, "since": utc_now(), "why": "pinned at its release"}
 
-    def refuse_failed(self, wanted: Settings) -> None:
+    def failed_before(self, wanted: Settings) -> bool:
+        """Whether what runs stays, because a run for the whole site asks for what failed; to ask for just that is an error."""
         if self.params["force"]:
-            return
+            return False
         key = key_of(spec_of(wanted), health_of(self.params))
         known = next((entry for entry in self.failed if entry["key"] == key), None)
-        if known:
-            text = "this image with these settings failed before (%s, by %s): [%s] %s"
-            raise ReleaseError("failed_before", text % (known["at"], known["by"], known["reason"], known["text"]))
+        if not known:
+            return False
+        text = "this image with these settings failed before (%s, by %s): [%s] %s"
+        text %= (known["at"], known["by"], known["reason"], known["text"])
+        record = self.record
+        if self.params["intent"] != "converge" or not record or self.problem(record):
+            raise ReleaseError("failed_before", text)
+        self.kept = "%s runs %s, and %s is not tried again: %s" % (self.name, record["tag"], wanted["tag"], text)
+        self.warnings.append(self.kept)
+        self.after = self.before
+        return True
 
     def predict(self, digest: str | None) -> None:
         """Check mode: look, and touch nothing."""
@@ -466,8 +500,8 @@ class Releaser:
         if not record:
             self.changed, self.action = True, "replaced" if self.legacy else "released"
         elif record["spec"] != spec_of(self.after):
-            self.refuse_failed(self.after)
-            self.changed, self.action = True, "replaced"
+            if not self.failed_before(self.after):
+                self.changed, self.action = True, "replaced"
         elif (
             self.store.read("transition.json")
             or not box
@@ -564,9 +598,10 @@ class Releaser:
                 state = box.status if box else "gone"
                 self.recovered("the container of %s was %s; it was started again" % (label_of(record), state))
                 try:
-                    self.bring_up(record)
+                    # Not waited for: it is proven where it is what is asked for, and left at once where it is not.
+                    self.bring_up(record, wait=False)
                 except ReleaseError as error:
-                    self.warnings.append("the release that was there does not become healthy: %s" % error.text)
+                    self.warnings.append("the release that was there does not start: %s" % error.text)
             public = self.wanted_public
             done = self.proxy.ensure(public, record["slot"], self.ports)
             if done:
@@ -590,7 +625,7 @@ class Releaser:
         for release in sorted(self.store.release_ids() - known - {old}):
             self.store.delete_release(release)
 
-    def bring_up(self, record: Record) -> None:
+    def bring_up(self, record: Record, wait: bool = True) -> None:
         """A release that was proven before runs again, and is healthy."""
         box = self.inspect(record)
         if box and box.paused:
@@ -606,7 +641,8 @@ class Releaser:
                 self.save()
         else:
             return
-        self.prove(record, settle=0)
+        if wait:
+            self.prove(record, settle=0)
 
     # -- one release, step by step
 
@@ -1233,7 +1269,7 @@ class Releaser:
             raise ReleaseError("memory", text % (need >> 20, why))
 
     def fetch(self, digest: str | None) -> Record:
-        """The image, pulled where it is not here yet, and fit for this host's platform."""
+        """The image, pulled where it is not here yet."""
         repository, tag = self.params["image"], self.params["tag"]
         reference = "%s@%s" % (repository, digest) if digest else "%s:%s" % (repository, tag)
         image = None
@@ -1253,10 +1289,13 @@ class Releaser:
             image = image or self.docker.image(reference)
         if not image:
             raise ReleaseError("not_found", "%s was pulled, and is gone again" % reference)
+        return image
+
+    def check_platform(self, image: Record, wanted: Settings) -> None:
         platform = "%s/%s" % (image.get("Os", "linux"), architecture(image.get("Architecture", "")))
         if platform != self.server:
-            raise ReleaseError("platform", "%s is built for %s, this host is %s" % (reference, platform, self.server))
-        return image
+            text = "%s:%s is built for %s, this host is %s"
+            raise ReleaseError("platform", text % (wanted["image"], wanted["tag"], platform, self.server))
 
     def resolved(self, image: Record) -> str:
         for entry in image.get("RepoDigests") or []:

@@ -63,8 +63,9 @@ options:
     default: beside
   intent:
     description:
-      - V(deploy) releases what is asked for. V(converge) is for runs over the whole site - a release that is pinned, or that was made with
-        V(deploy) and has a newer tag of the same kind, stays, with the settings that are asked for.
+      - V(deploy) releases what is asked for. V(converge) is for runs over the whole site - a release that is pinned stays, and so does one
+        that was made with V(deploy) where O(tag) is of the rule C(NAME-YYYYMMDD-HHMM) and not newer; with the settings that are asked for.
+      - With V(converge) what runs stays as it is, with a warning, where an image is asked for that failed with the same settings before.
     type: str
     choices: [deploy, converge]
     default: deploy

@@ -543,6 +543,19 @@ def test_a_foreign_platform_is_found_before_anything_is_started(world: World) ->
     world.expect_settled(ONE)
 
 
+@pytest.mark.parametrize("digest", [True, False])
+def test_a_foreign_platform_is_remembered(world: World, digest: bool) -> None:
+    world.release(1)
+    world.engine.push("arm", image(6, platform="arm64"))
+    values = {"tag": "arm", "digest": image(6)["digest"] if digest else None}
+    assert world.failing(None, **values)[0].reason == "platform"
+    world.engine.calls.clear()
+    assert world.failing(None, **values)[0].reason == "failed_before"
+    assert [call[0] for call in world.engine.calls].count("pull") == (0 if digest else 1)
+    world.expect_settled(ONE)
+    assert [entry["tag"] for entry in world.state()["failed"]] == ["arm"]
+
+
 def test_a_taken_port_names_its_holder(world: World) -> None:
     world.engine.container("nginx", port=PORT)
     error, _done = world.failing(1)
@@ -900,6 +913,27 @@ def test_rollback_to_a_named_release(world: World, by: str) -> None:
     assert not world.rollback(release=name).changed
 
 
+def test_rollback_to_a_tag_means_the_other_release_of_it(world: World) -> None:
+    world.release(1, memory="512m")
+    world.release(1)
+    assert world.rollback(release=ONE).changed
+    assert world.record()["settings"]["memory"] == 512 << 20
+    done = world.rollback(release=ONE)
+    assert not done.changed, "the other one was left"
+    assert any("answers already" in step for step in done.steps)
+
+
+@pytest.mark.parametrize("way", ["rollback", "release"])
+def test_the_way_out_does_not_wait_for_what_hangs(world: World, way: str) -> None:
+    world.release(1)
+    world.release(2, health_timeout=900)
+    world.change(status="exited", behaviour="unhealthy")
+    began = world.now
+    world.rollback() if way == "rollback" else world.release(4)
+    assert world.now - began < 60
+    world.expect_settled(ONE if way == "rollback" else FOUR)
+
+
 def test_rollback_takes_the_settings_and_secrets_of_then(world: World) -> None:
     world.release(1, environment={"A": "then"})
     world.release(1, environment={"A": "now"}, secrets={"TOKEN": "changed"})
@@ -952,6 +986,39 @@ def test_the_site_leaves_a_newer_release_alone(world: World) -> None:
     world.expect_settled(ONE)
     world.release(2, intent="converge")
     world.expect_settled(TWO)
+
+
+def test_the_site_leaves_a_hotfix_outside_of_the_rule_alone(world: World) -> None:
+    world.engine.push("hotfix", image(6))
+    world.release(1, intent="converge")
+    world.release(None, tag="hotfix")
+    done = world.release(2, intent="converge")
+    assert not done.changed
+    assert f"which tester deployed and no rule compares with {TWO}" in done.kept
+    world.expect_settled("hotfix")
+    world.engine.push("hotfix-2", image(7))
+    assert world.release(None, tag="hotfix-2", intent="converge").changed, "somebody has written that into the inventory"
+
+
+def test_the_site_leaves_what_is_pinned_alone_though_the_registry_has_moved(world: World) -> None:
+    world.release(1, pin=True)
+    done = world.release(2, intent="converge", image="elsewhere/ai")
+    assert not done.changed
+    assert "is pinned to" in done.kept
+    world.expect_settled(ONE)
+
+
+def test_the_site_keeps_what_runs_where_the_newest_has_failed(world: World) -> None:
+    world.release(1, intent="converge")
+    assert world.failing(3, intent="converge")[0].reason == "unhealthy"
+    for check_mode in (True, False):
+        done = world.act(world.releaser(world.params(3, intent="converge"), check_mode=check_mode))
+        assert (done.changed, done.action) == (False, "none")
+        assert f"runs {ONE}, and {BROKEN} is not tried again" in done.kept
+        assert done.warnings == [done.kept]
+    assert world.failing(3)[0].reason == "failed_before"
+    world.change(behaviour="unhealthy")
+    assert world.failing(3, intent="converge")[0].reason == "failed_before", "what runs is nothing to keep"
 
 
 def test_the_site_goes_where_the_registry_goes_with_what_it_released_itself(world: World) -> None:
