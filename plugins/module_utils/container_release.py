@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Callable, NamedTuple, NoReturn, Optional
 
 from ansible_collections.nemo.platform.plugins.module_utils.service_logs import clean
@@ -729,6 +730,9 @@ class Container(NamedTuple):
     image: str
     started: str = ""  # when, as the engine writes it
     policy: str = RESTART
+    pid: int = 0
+    address: str = ""  # in a network of the engine
+    inside: Mapping[int, int] = MappingProxyType({})  # port in the container, by the port of the host that leads to it
 
     @property
     def record(self) -> Record | None:
@@ -751,9 +755,11 @@ class Container(NamedTuple):
     def parse(cls, data: Mapping[str, Any]) -> Container:
         state = data["State"]
         host = data.get("HostConfig") or {}
-        ports: set[int] = set()
-        for bindings in (host.get("PortBindings") or {}).values():
-            ports.update(int(entry["HostPort"]) for entry in bindings or [] if entry.get("HostPort"))
+        inside: dict[int, int] = {}
+        for port, bindings in (host.get("PortBindings") or {}).items():
+            number = int(port.partition("/")[0])
+            inside.update({int(entry["HostPort"]): number for entry in bindings or [] if entry.get("HostPort")})
+        networks = ((data.get("NetworkSettings") or {}).get("Networks") or {}).values()
         restart = host.get("RestartPolicy") or {}
         most = restart.get("MaximumRetryCount")
         return cls(
@@ -766,10 +772,13 @@ class Container(NamedTuple):
             restarts=int(data.get("RestartCount") or 0),
             error=state.get("Error") or "",
             labels=(data.get("Config") or {}).get("Labels") or {},
-            ports=ports,
+            ports=set(inside),
             memory=int(host.get("Memory") or 0),
             image=data.get("Image") or "",
             started=state.get("StartedAt") or "",
+            pid=int(state.get("Pid") or 0),
+            address=next((entry["IPAddress"] for entry in networks if entry.get("IPAddress")), ""),
+            inside=inside,
             policy=(restart.get("Name") or "no") + (":%d" % most if most else ""),
         )
 
@@ -975,25 +984,29 @@ def memory_now(meminfo: str = "/proc/meminfo") -> tuple[int, int]:
     return values.get("MemTotal", 0), values.get("MemAvailable", 0)
 
 
+def connections(process: str, port: int, state: str = "01") -> list[list[str]]:
+    """Rows of the kernel's tables of TCP, as a process sees them: those with this local port in this state (01: established)."""
+    found: list[list[str]] = []
+    for table in ("tcp", "tcp6"):
+        try:
+            with open(os.path.join(process, "net", table), encoding="ascii") as stream:
+                rows = [row.split() for row in stream.readlines()[1:]]
+        except OSError:
+            continue
+        found += [row for row in rows if row[3] == state and int(row[1].rpartition(":")[2], 16) == port]
+    return found
+
+
 def listener(address: str, port: int, proc: str = "/proc") -> str | None:
     """Who listens on a TCP port of this host, None when nobody does."""
     inodes: set[str] = set()
-    for table in ("tcp", "tcp6"):
-        try:
-            with open(os.path.join(proc, "net", table), encoding="ascii") as stream:
-                rows = stream.readlines()[1:]
-        except OSError:
-            continue
-        for row in rows:
-            fields = row.split()
-            bound, _colon, number = fields[1].rpartition(":")
-            if fields[3] != "0A" or int(number, 16) != port:
+    for fields in connections(proc, port, "0A"):
+        bound = fields[1].rpartition(":")[0]
+        if len(bound) == 8 and address != "0.0.0.0" and bound != "00000000":
+            octets = [str(int(bound[index : index + 2], 16)) for index in (6, 4, 2, 0)]
+            if ".".join(octets) != address:
                 continue
-            if table == "tcp" and address != "0.0.0.0" and bound != "00000000":
-                octets = [str(int(bound[index : index + 2], 16)) for index in (6, 4, 2, 0)]
-                if ".".join(octets) != address:
-                    continue
-            inodes.add(fields[9])
+        inodes.add(fields[9])
     if not inodes:
         return None
     wanted = {"socket:[%s]" % inode for inode in inodes}

@@ -41,6 +41,7 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     Settings,
     Store,
     architecture,
+    connections,
     create_arguments,
     environment_text,
     health_of,
@@ -85,7 +86,7 @@ class Proxy(Protocol):
     def hold(self, active: str) -> None: ...
     def counters(self, slot: str) -> dict[str, Counters] | None: ...
     def cut(self, slot: str) -> None: ...
-    def remove(self) -> bool: ...
+    def remove(self, drain: bool = False) -> bool: ...
     def detour(self, settings: ProxySettings, port: int, release: int) -> bool: ...
     def end_detour(self, settings: ProxySettings, port: int, drain: float) -> None: ...
 
@@ -192,6 +193,7 @@ class Releaser:
         self.clock = clock
         self.tell = say
         self.name: str = params["name"]
+        self.put_aside = "%s.before" % self.name  # the container of other origin that had the service's name
         self.began = clock()
         self.changed = False
         self.action = "none"
@@ -280,7 +282,7 @@ class Releaser:
     # -- what stands on the host
 
     def look(self) -> None:
-        names = [self.name, "%s.next" % self.name, "%s.previous" % self.name]
+        names = [self.name, "%s.next" % self.name, "%s.previous" % self.name, self.put_aside]
         found = self.docker.containers(names + [n for n in self.docker.of_service(self.name) if n not in names])
         self.old_scheme = {name: entry for name, entry in found.items() if name in names}
         self.legacy = self.old_scheme.get(self.name)
@@ -833,13 +835,47 @@ class Releaser:
         self.journal(journal, detour=port)
         legacy = self.docker.containers([self.name]).get(self.name)
         if legacy and legacy.running:
-            if not self.proxy.detour(public, port, ports[slot]):
+            if self.proxy.detour(public, port, ports[slot]):
+                self.drain_legacy(legacy, public["port"])
+            else:
                 text = "this host has no iptables: requests were refused from the stop of the old container until HAProxy had its port"
                 self.warnings.append(text)
             self.docker.stop(self.name, self.params["stop_timeout"])
         self.proxy.ensure(public, slot, ports)
         self.proxy.end_detour(public, port, self.params["drain_timeout"])
         self.journal(journal, detour=0)
+
+    def drain_legacy(self, legacy: Container, port: int) -> None:
+        """New connections are led around it: those that it has are waited for, as far as they end."""
+        until = self.clock() + self.params["drain_timeout"]
+        while True:
+            left = len(connections("/proc/%d" % legacy.pid, legacy.inside.get(port, port)))
+            if not left:
+                return
+            if self.clock() >= until:
+                text = "%d connections to the old container were still open after %s s, and ended with it"
+                self.warnings.append(text % (left, self.params["drain_timeout"]))
+                return
+            self.sleep(0.2)
+
+    def move_back(self, journal: Record, strict: bool) -> None:
+        """The container that held the public port has it again. New connections go to the new release meanwhile, if it runs."""
+        record, public = journal["record"], journal["proxy"]
+        if self.takes_turns(journal):
+            self.stop_failed(journal)
+        box = self.inspect(record)
+        around = False
+        if box and box.running and self.proxy.is_set_up():
+            self.journal(journal, detour=journal["detour"] or self.free_port({record["host_port"]}))
+            around = self.proxy.detour(public, journal["detour"], record["host_port"])
+        self.proxy.remove(drain=around)
+        self.docker.start(self.name)  # of a container that runs already this is no change
+        if self.takes_turns(journal):
+            self.docker.restart_policy(journal.get("policy") or RESTART, self.name)
+        if self.legacy and (self.legacy.record or journal["detour"]):
+            self.attempt(strict, self.wait_legacy, self.legacy.record or {})
+        if journal["detour"]:
+            self.proxy.end_detour(public, journal["detour"], self.params["drain_timeout"])
 
     def commit(self, journal: Record) -> None:
         self.keep_up(journal)
@@ -897,8 +933,9 @@ class Releaser:
         if journal.get("detour"):
             self.proxy.end_detour(journal["proxy"], journal["detour"], self.params["drain_timeout"])
         if journal["legacy"] and self.legacy:
-            self.docker.remove(self.name, volumes=bool(self.legacy.record))
-            self.legacy = None
+            self.leave_legacy()
+        elif not journal["legacy"] and self.put_aside in self.old_scheme:
+            self.docker.remove(self.put_aside, volumes=False)
         # the same image with the same settings is nothing to roll back to
         others = [entry for entry in self.releases if entry["release"] != self.current]
         others = [entry for entry in others if not current or entry["spec"] != current["spec"]]
@@ -911,6 +948,19 @@ class Releaser:
         self.look()
         self.sweep()
         self.prune()
+
+    def leave_legacy(self) -> None:
+        """A release of before HAProxy can be made anew from its image; of a container of other origin nobody knows how."""
+        if self.adopted():
+            self.docker.remove(self.name)
+        else:
+            if self.put_aside in self.old_scheme:
+                self.docker.remove(self.put_aside, volumes=False)
+            self.docker.restart_policy("no", self.name)
+            self.docker.rename(self.name, self.put_aside)
+            text = "the container %s that served before is kept, stopped, as %s, until the next release"
+            self.warnings.append(text % (self.name, self.put_aside))
+        self.legacy = None
 
     def drain(self, slot: str) -> None:
         until = self.clock() + self.params["drain_timeout"]
@@ -997,16 +1047,7 @@ class Releaser:
         origin = self.find(journal["from"])
         self.look()
         if journal["legacy"]:
-            self.proxy.remove()
-            if self.takes_turns(journal):
-                self.stop_failed(journal)
-            self.docker.start(self.name)  # of a container that runs already this is no change
-            if self.takes_turns(journal):
-                self.docker.restart_policy(journal.get("policy") or RESTART, self.name)
-            if journal["detour"]:
-                self.proxy.end_detour(journal["proxy"], journal["detour"], self.params["drain_timeout"])
-            if self.legacy and self.legacy.record:
-                self.attempt(strict, self.wait_legacy, self.legacy.record)
+            self.move_back(journal, strict)
             said = "The old container (%s) serves" % ((self.legacy and self.legacy.labels.get("nemo.tag")) or self.name)
         elif origin:
             box = self.boxes.get(origin["release"])
@@ -1021,9 +1062,11 @@ class Releaser:
             # One that stood may have come back on another port.
             if (led or journal.get("held") or stood) and self.proxy.is_set_up():
                 self.proxy.switch(journal["proxy"], origin["slot"], self.ports)
-            said = "The release before it, %s, %s" % (
-                label_of(origin), "serves again" if led or stood else "served all through",
-            )  # fmt: skip
+            problem = self.problem(origin)
+            state = (
+                "is not healthy (%s)" % problem if problem else "serves again" if led or stood else "served all through"
+            )
+            said = "The release before it, %s, %s" % (label_of(origin), state)
         else:
             self.proxy.remove()
             said = "There was no release before it, so nothing serves now"
@@ -1060,13 +1103,20 @@ class Releaser:
             self.warnings.append("the release that was there does not become healthy: %s" % error.text)
 
     def wait_legacy(self, old: Record) -> None:
-        settings, health = old["settings"], old["health"]
+        """By its own address, as new connections to the public port may still be led around it."""
+        health = old.get("health") or health_of(self.params)
+        public = old.get("settings") or self.wanted_public
         question = question_of({"path": health["path"], "status": health["status"]})
         until = self.clock() + health["timeout"]
-        address = self.local(settings["bind_address"])
         while True:
-            problem = self.probe(address, settings["port"], question, 5.0)
-            if problem is None:
+            box = self.docker.containers([self.name]).get(self.name)
+            if box and box.address:
+                address, port = box.address, box.inside.get(public["port"], public["port"])
+            else:
+                address, port = self.local(public.get("bind_address") or public.get("address") or ""), public["port"]
+            problem = self.probe(address, port, question, 5.0)
+            # Of a container of other origin nobody knows what a good answer is.
+            if problem is None or (not old and problem.startswith("it answered")):
                 return
             if self.clock() >= until:
                 raise ReleaseError("unhealthy", "the old container gives no healthy answer: %s" % problem)

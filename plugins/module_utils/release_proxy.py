@@ -641,8 +641,8 @@ class HAProxy:
         except OSError:
             pass
 
-    def remove(self) -> bool:
-        """Nothing of it is left. Says whether there was anything."""
+    def remove(self, drain: bool = False) -> bool:
+        """Nothing of it is left. Says whether there was anything. What it has begun it ends within its unit's limit, or not."""
         paths = [os.path.join(self.units, name) for name in ("%s.service" % self.unit, "%s.socket" % self.unit)]
         there = [path for path in paths + [self.configuration] if os.path.exists(path)]
         if not there:
@@ -650,7 +650,8 @@ class HAProxy:
         if any(path in there for path in paths):
             names = [os.path.basename(path) for path in paths if path in there]
             self.call("HAProxy cannot be stopped", "systemctl", "--quiet", "disable", *names)
-            self.execute(("systemctl", "kill", "--signal=TERM", "%s.service" % self.unit), (), {})
+            if not drain:
+                self.execute(("systemctl", "kill", "--signal=TERM", "%s.service" % self.unit), (), {})
             self.call("HAProxy cannot be stopped", "systemctl", "stop", *names)
         for path in there:
             os.unlink(path)

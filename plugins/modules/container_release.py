@@ -24,7 +24,8 @@ description:
     under a lock, which the kernel drops when its holder dies.
   - A container of an earlier version of this module, or any container that has the service's name and publishes its port, is moved
     behind HAProxy by its next release. New connections are led around it meanwhile, where the host has iptables; connections that
-    clients keep open to it end with it.
+    clients keep open to it are waited for up to O(drain_timeout), and then end with it. One that this module has not made is kept,
+    stopped, as C(NAME.before) until the next release.
   - Containers run with an init process, without capabilities or new privileges, with limits on memory, processes and logs, and restart
     unless they were stopped.
   - Secrets become files under C(/run/secrets) in the container. They appear in no argument, environment, label, diff or log.
@@ -242,7 +243,8 @@ options:
     description: Name of the file below C(progress) of O(run_path) that the progress is written to, a line for each step. O(name) when it is left out.
     type: str
   smoke:
-    description: One request that a new release must answer before it is led to.
+    description: One request that a new release must answer before it is led to. It is kept with the release, visible to anyone who can inspect
+      the container.
     type: dict
     suboptions:
       path: {description: Path and query., type: str, required: true}
@@ -270,7 +272,8 @@ options:
     type: int
     default: 20
   drain_timeout:
-    description: Seconds that the old release has for the requests that it is still answering. What is left then is ended.
+    description: Seconds that the old release has for the requests that it is still answering. What is left then is ended. With
+      O(strategy=stop-start) that needs O(proxy_retry_after); without it the old release has O(stop_timeout), while HAProxy holds what comes.
     type: int
     default: 60
   reserve_memory_mb:

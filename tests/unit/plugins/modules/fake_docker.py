@@ -209,6 +209,9 @@ class FakeDocker:
                         "ExitCode": entry.get("exit", 0),
                         "OOMKilled": entry.get("oom", False),
                     },
+                    "NetworkSettings": {
+                        "Networks": {"bridge": {"IPAddress": "172.17.0.2" if entry["status"] == "running" else ""}}
+                    },
                     "Config": {"Labels": entry["labels"]},
                     "Image": entry["image"],
                     "HostConfig": {

@@ -124,7 +124,8 @@ class FakeProxy:
         self.calls.append("cut")
         self.set(counters={slot: [0, 0, 0]})
 
-    def remove(self) -> bool:
+    def remove(self, drain: bool = False) -> bool:
+        self.calls.append("remove and drain" if drain else "remove")
         state = self.load()
         there = bool(state["file"] or state["running"])
         if there:

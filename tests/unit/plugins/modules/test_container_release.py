@@ -235,8 +235,13 @@ def test_probe_and_listener_on_a_real_port() -> None:
     assert logic.probe_http("127.0.0.1", port, smoke, 2) is None
     assert (logic.listener("0.0.0.0", port) or "").startswith(f"process {os.getpid()} (")
     assert logic.listener("127.0.0.2", port) is None
+    import socket
+
+    with socket.create_connection(("127.0.0.1", port)):
+        assert len(logic.connections("/proc/self", port)) == 1
     server.shutdown()
     server.server_close()
+    assert logic.connections("/proc/self", port) == []
     assert "refused" in (logic.probe_http("127.0.0.1", port, health, 2) or "")
     assert logic.listener("0.0.0.0", port) is None
 

@@ -326,6 +326,12 @@ def test_a_slow_start_is_waited_for(world: World) -> None:
     assert world.record()["tag"] == "slow"
 
 
+def test_an_old_release_that_is_not_healthy_is_not_said_to_serve(world: World) -> None:
+    world.release(1)
+    world.change(behaviour="unhealthy")
+    assert "is not healthy (it answered 503, not 200)" in world.failing(3)[0].text
+
+
 def test_a_failing_first_release_leaves_nothing(world: World) -> None:
     error, done = world.failing(3)
     assert "nothing serves now" in error.text
@@ -997,7 +1003,9 @@ def test_the_site_leaves_a_hotfix_outside_of_the_rule_alone(world: World) -> Non
     assert f"which tester deployed and no rule compares with {TWO}" in done.kept
     world.expect_settled("hotfix")
     world.engine.push("hotfix-2", image(7))
-    assert world.release(None, tag="hotfix-2", intent="converge").changed, "somebody has written that into the inventory"
+    assert world.release(None, tag="hotfix-2", intent="converge").changed, (
+        "somebody has written that into the inventory"
+    )
 
 
 def test_the_site_leaves_what_is_pinned_alone_though_the_registry_has_moved(world: World) -> None:
@@ -1091,12 +1099,60 @@ def test_a_move_that_fails_with_traffic_on_it_is_taken_back(world: World) -> Non
 
 
 def test_a_container_of_other_origin_is_moved_from(world: World) -> None:
-    world.engine.container("ai-prod", port=PORT)
+    world.engine.container("ai-prod", port=PORT, policy="always")
     world.failing(3)
     assert world.answering() == "other"
-    world.release(1)
+    done = world.release(1)
     world.expect_settled(ONE)
     assert world.kept() == [ONE]
+    aside = world.engine.containers()["ai-prod.before"]
+    assert (aside["status"], aside["policy"]) == ("exited", "no")
+    assert any("is kept, stopped, as ai-prod.before" in text for text in done.warnings)
+    assert not world.release(1).changed
+    assert "ai-prod.before" in world.engine.containers()
+    world.release(2)
+    assert "ai-prod.before" not in world.engine.containers()
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_move_goes_back_without_a_gap(world: World, foreign: bool) -> None:
+    world.engine.container("ai-prod", port=PORT) if foreign else world.old_container(1)
+    errs_with_traffic_on_it(world)
+    down: list[str] = []
+
+    def event(what: str) -> None:
+        if world.answering() is None:
+            down.append(what)
+
+    with pytest.raises(logic.ReleaseError, match="requests failed"):
+        world.act(world.releaser(world.params(3), event=event))
+    assert down == []
+    assert world.proxy.calls[-1] == "remove and drain"
+    assert world.answering() == ("other" if foreign else ONE)
+    assert world.proxy.load()["detour"] is None
+    assert list(world.engine.containers()) == ["ai-prod"]
+
+
+def test_connections_of_the_old_container_are_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.old_container(1)
+    left, seen = [3, 3, 2, 0], []
+
+    def connections(_process: str, port: int) -> list[str]:
+        seen.append((port, world.proxy.load()["detour"] is not None, world.engine.containers()["ai-prod"]["status"]))
+        return ["x"] * left.pop(0)
+
+    monkeypatch.setattr(release_flow, "connections", connections)
+    assert world.release(2).warnings == []
+    assert seen == [(PORT, True, "running")] * 4
+    world.expect_settled(TWO)
+
+
+def test_connections_that_do_not_end_are_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.old_container(1)
+    monkeypatch.setattr(release_flow, "connections", lambda _process, _port: ["x"])
+    assert any(
+        "1 connections to the old container were still open after 5 s" in text for text in world.release(2).warnings
+    )
 
 
 @pytest.mark.parametrize("strategy", ["beside", "stop-start"])
@@ -1266,6 +1322,23 @@ def before_a_rollback(world: World, **values: Any) -> None:
     world.release(1, **values)
 
 
+def errs_with_traffic_on_it(world: World) -> None:
+    """The broken release is healthy until it has users."""
+    world.engine.push(BROKEN, image(3))
+
+    def counters(slot: str) -> None:
+        if world.answering() == BROKEN:
+            current, total, errors = world.proxy.load()["counters"].get(slot) or [0, 100, 7]
+            world.proxy.set(counters={slot: [current, total + 50, errors + 10]})
+
+    world.proxy.on_counters = counters
+
+
+def before_a_move_back(world: World) -> None:
+    world.old_container(1)
+    errs_with_traffic_on_it(world)
+
+
 SCENARIOS: dict[str, tuple[Callable[[World], object], int, str]] = {
     "first": (lambda world: None, 1, "beside"),
     "first failing": (lambda world: None, 3, "beside"),
@@ -1275,6 +1348,7 @@ SCENARIOS: dict[str, tuple[Callable[[World], object], int, str]] = {
     "rolling back": (before_a_rollback, ROLLBACK, "beside"),
     "moving": (lambda world: world.old_container(1), 2, "beside"),
     "moving failing": (lambda world: world.old_container(1), 3, "beside"),
+    "moving and back": (before_a_move_back, 3, "beside"),
     "moving by turns": (lambda world: world.old_container(1), 2, "stop-start"),
     "moving by turns failing": (lambda world: world.old_container(1), 3, "stop-start"),
     "stopping first": (lambda world: world.release(1), 2, "stop-start"),
