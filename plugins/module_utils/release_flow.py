@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -70,6 +71,7 @@ SPEAK_EVERY = 10.0  # seconds between two words on a phase that lasts
 READ_EVERY = 2.0  # seconds between two looks at the log of a release that is not healthy yet
 HISTORY = 50  # releases that the state remembers
 FAILURES = 20  # failed releases that it remembers
+CONTAINERD = "/var/lib/containerd"
 PROBES_LOST = 3  # health questions in a row without a good answer that end a release's watch
 RULE = re.compile(r"^(.+)-(\d{8}-\d{4})$")  # tags of one service, in the order of their time
 TO_REMEMBER = ("unhealthy", "start", "bake", "platform")  # what lies with the image and its settings
@@ -205,6 +207,7 @@ class Releaser:
         self.images_lock = Lock(store.images_lock_path)
         self.server = ""
         self.data_root = "/var/lib/docker"
+        self.containerd = False  # whether images are containerd's, in a folder of its own
         self.boxes: dict[str, Container] = {}
         self.legacy: Container | None = None
         try:
@@ -1283,6 +1286,7 @@ class Releaser:
         info = self.docker.info()
         self.server = "%s/%s" % (info.get("OSType", "linux"), architecture(info.get("Architecture", "")))
         self.data_root = info.get("DockerRootDir") or self.data_root
+        self.containerd = "io.containerd.snapshotter" in json.dumps(info.get("DriverStatus") or [])
         total = info.get("MemTotal") or 0
         memory = parse_size(self.params["memory"])
         if total and memory > total:
@@ -1356,23 +1360,26 @@ class Releaser:
 
     def need_space(self) -> None:
         wanted = self.params["min_free_disk_mb"]
-        free = self.free_mb()
-        if free is None or free >= wanted:
+        if self.least_free()[0] >= wanted:
             return
         self.images_lock.release()
         self.prune()
         self.lock_images()
-        free = self.free_mb()
-        if free is not None and free < wanted:
-            text = "no space left to pull: %s has %d MB free; allowed: %d MB or more" % (self.data_root, free, wanted)
+        free, folder = self.least_free()
+        if free < wanted:
+            text = "no space left to pull: %s has %d MB free; allowed: %d MB or more" % (folder, free, wanted)
             raise ReleaseError("no_space", text)
 
-    def free_mb(self) -> int | None:
-        try:
-            state = os.statvfs(self.data_root)
-        except OSError:
-            return None
-        return state.f_bavail * state.f_frsize // 1000000
+    def least_free(self) -> tuple[float, str]:
+        """Megabytes of the fuller one of the folders that a pull fills."""
+        found = [(math.inf, "")]
+        for folder in [self.data_root] + ([CONTAINERD] if self.containerd else []):
+            try:
+                state = os.statvfs(folder)
+            except OSError:
+                continue
+            found.append((state.f_bavail * state.f_frsize // 1000000, folder))
+        return min(found)
 
     def new_record(self, settings: Settings, image: Record) -> Record:
         return {

@@ -520,6 +520,7 @@ class HAProxy:
             self.validate(text)
             self.write(self.configuration, text)
         files = self.unit_files(settings)
+        before = {name: self.read(os.path.join(self.units, name)) for name in files}
         stale = [name for name in sorted(files) if self.read(os.path.join(self.units, name)) != files[name]]
         for name in stale:
             self.write(os.path.join(self.units, name), files[name])
@@ -532,13 +533,25 @@ class HAProxy:
                 self.call("%s cannot be stopped" % self.unit, "systemctl", "stop", service, sockets)
                 running = None
             self.call("%s cannot be enabled" % self.unit, "systemctl", "--quiet", "enable", sockets, service)
-            self.call("the public port cannot be opened", "systemctl", "start", sockets)
+            try:
+                self.call("the public port cannot be opened", "systemctl", "start", sockets)
+            except ReleaseError:
+                if bound:
+                    self.back_to(before)
+                raise
             self.call("HAProxy cannot be started", "systemctl", "start", service)
         if running is not None and running != self.identity(settings):
             self.call("HAProxy cannot be reloaded", "systemctl", "reload", service)
         self.wait_for(settings)
         self.lead(active, ports)
         return difference
+
+    def back_to(self, units: Mapping[str, str | None]) -> None:
+        """The address that was open before is open again."""
+        for name, text in units.items():
+            self.write(os.path.join(self.units, name), text or "")
+        self.execute(("systemctl", "daemon-reload"), (), {})
+        self.execute(("systemctl", "start", *sorted(units)), (), {})
 
     @staticmethod
     def address(settings: ProxySettings) -> str:

@@ -346,7 +346,8 @@ options:
     type: int
     default: 900
   min_free_disk_mb:
-    description: Megabytes (10^6) that must be free in the engine's data folder before a pull. Images that no release needs are removed first.
+    description: Megabytes (10^6) that must be free in the engine's data folder, and in containerd's where that has the images, before a pull.
+      Images that no release needs are removed first.
     type: int
     default: 1024
   lock_timeout:

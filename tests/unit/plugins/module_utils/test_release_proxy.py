@@ -85,7 +85,7 @@ class Host:
         self.started = 0
         self.bound = ""
         self.commands: list[str] = []
-        self.refuse = ""
+        self.refuse = self.taken = ""
         self.proxy = HAProxy(
             "api",
             self.execute,
@@ -130,10 +130,12 @@ class Host:
             assert int(environment["NEMO_FD"]) in descriptors
             assert Path(words[-1]).exists()
             return (1, "", f"[ALERT] {self.refuse}") if self.refuse else (0, "", "")
-        if words[:2] == ["systemctl", "start"] and words[2].endswith(".socket"):
-            unit = (self.folder / "units" / words[2]).read_text()
+        if words[:2] == ["systemctl", "start"] and words[-1].endswith(".socket"):
+            unit = (self.folder / "units" / words[-1]).read_text()
             found = re.search(r"ListenStream=(\S+)", unit)
             assert found
+            if found[1] == self.taken:
+                return 1, "", "Address already in use"
             self.bound = found[1]
         if words[:2] == ["systemctl", "start"] and words[2].endswith(".service") and not self.workers:
             self.start()
@@ -252,6 +254,15 @@ def test_a_public_port_that_is_taken_leaves_the_old_one_open(host: Host, monkeyp
     assert host.changing() == []
     assert Path(host.proxy.configuration).read_text() == before
     assert "8000" in (host.folder / "units/nemo-proxy-api.socket").read_text()
+
+
+def test_an_address_that_cannot_be_opened_leaves_the_old_one_open(host: Host) -> None:
+    host.proxy.ensure(SETTINGS, "a", {"a": 20001})
+    host.taken = "10.0.0.9:8000"
+    with pytest.raises(ReleaseError, match="the public port cannot be opened"):
+        host.proxy.ensure({**SETTINGS, "address": "10.0.0.9"}, "a", {"a": 20001})
+    assert host.bound == "0.0.0.0:8000"
+    assert host.workers
 
 
 def test_what_haproxy_refuses_is_never_in_place(host: Host) -> None:

@@ -131,6 +131,7 @@ class FakeDocker:
             "Architecture": "x86_64",
             "MemTotal": state["memory"],
             "DockerRootDir": str(self.path.parent),
+            "DriverStatus": state.get("storage", []),
             "Runtimes": {"runc": {}, "nvidia": {}},
         }
         return 0, json.dumps(data), ""

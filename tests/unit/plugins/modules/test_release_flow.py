@@ -354,7 +354,7 @@ def test_a_smoke_request_decides_too(world: World, monkeypatch: pytest.MonkeyPat
     error, _done = world.failing(2, smoke=smoke)
     assert error.reason == "unhealthy"
     assert "smoke request POST /v1/ping failed" in error.text
-    assert asked[-1].body == "{}"
+    assert [question.body for question in asked if question.path == "/v1/ping"] == ["{}"]
     monkeypatch.undo()
     world.expect_settled(ONE)
 
@@ -838,6 +838,20 @@ def test_a_full_disk_is_refused_before_the_pull_and_old_images_go_first(world: W
     assert "MB free" in error.text
     assert image(9)["id"] not in [entry["id"] for entry in world.engine.load()["images"]]
     world.expect_settled(ONE)
+
+
+def test_a_full_disk_of_containerd_s_own_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.engine.set(storage=[["driver-type", "io.containerd.snapshotter.v1"]])
+    real = os.statvfs
+
+    def statvfs(path: str) -> Any:
+        return (
+            os.statvfs_result((4096, 4096, 9, 9, 1, 9, 9, 9, 0, 255)) if path == release_flow.CONTAINERD else real(path)
+        )
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    error, _done = world.failing(1, min_free_disk_mb=1)
+    assert (error.reason, release_flow.CONTAINERD in error.text) == ("no_space", True)
 
 
 def test_a_failing_commit_is_undone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
