@@ -812,17 +812,15 @@ class Releaser:
         ports = dict(self.ports if origin else {})
         ports[slot] = record["host_port"]
         record["slot"] = slot
-        self.journal(journal, step="switch", ports=ports)
+        beside = self.boxes.get(origin["release"]) if origin else None
+        standby = bool(self.params["bake_time"] and beside and beside.running and not self.takes_turns(journal))
+        standby = standby and self.proxy.is_set_up()
+        self.journal(journal, step="switch", ports=ports, standby=standby)
         public = journal["proxy"]
-        standby = False
         self.say("leading traffic to it")
         if journal["legacy"]:
             self.move(journal, public, slot, ports)
         elif origin and self.proxy.is_set_up():
-            beside = self.boxes.get(origin["release"])
-            standby = bool(
-                self.params["bake_time"] and beside and beside.running and self.params["strategy"] == "beside"
-            )
             self.proxy.switch(public, slot, ports, standby)
         else:
             self.proxy.ensure(public, slot, ports)
@@ -994,13 +992,18 @@ class Releaser:
         record = journal["record"]
         reason, text, log, cause = error.reason, error.text, list(error.log_tail), ""
         seconds = self.clock() - self.began
+        safe = False
         try:
+            self.load()
+            origin = self.find(journal["from"])
+            if origin and journal.get("standby"):  # it runs, and has the traffic again whatever the engine does
+                self.proxy.switch(journal["proxy"], origin["slot"], self.ports)
+                safe = True
             self.changed = bool(self.store.read("transition.json"))
             box = self.inspect(record)
             if box:
                 cause = self.cause(box)
                 log = log or self.docker.logs(self.box_name(record), record["health"])
-            self.load()
             led = journal["step"] == "switch"
             text += (": found in its log: %s" % cause if cause else "") + ". " + self.undo(journal)
             self.action = "restored" if led or self.params["strategy"] == "stop-start" else "removed"
@@ -1012,7 +1015,10 @@ class Releaser:
             self.say("taken back %.1f s after the decision" % (self.clock() - self.began - seconds))
         except Exception as second:
             what = release_error(second).text
-            text += ". WHAT SERVED BEFORE DOES NOT SERVE EITHER: %s. The next run tries again" % what
+            if safe:
+                text += ". The release before it has the traffic again; the rest is left to the next run: %s" % what
+            else:
+                text += ". WHAT SERVED BEFORE DOES NOT SERVE EITHER: %s. The next run tries again" % what
         raise ReleaseError(reason, text, log, cause)
 
     def cause(self, box: Container) -> str:
@@ -1245,6 +1251,8 @@ class Releaser:
             try:
                 self.alive(record, restarts)
             except ReleaseError as error:
+                if error.reason != "unhealthy":
+                    raise
                 raise ReleaseError("bake", "%s, with traffic on it" % error.text, error.log_tail) from error
             now = self.proxy.counters(slot)
             if now is not None:

@@ -405,6 +405,24 @@ def test_a_haproxy_that_does_not_answer_is_no_haproxy_without_requests(world: Wo
     world.expect_settled(FOUR)
 
 
+def test_an_engine_that_is_gone_keeps_nobody_at_what_fails(world: World) -> None:
+    world.release(1)
+
+    def counters(_slot: str) -> None:
+        if world.answering() == TWO:
+            world.engine.set(errors={"container inspect": PULL_ERRORS["engine_down"]})
+
+    world.proxy.on_counters = counters
+    error, _done = world.failing(2)
+    assert error.reason == "engine_down"
+    assert "has the traffic again" in error.text
+    assert world.answering() == ONE
+    assert world.state()["failed"] == [], "it was not the image"
+    world.engine.set(errors={})
+    world.release(4)
+    world.expect_settled(FOUR)
+
+
 @pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), KeyError("State"), ValueError("no JSON")])
 def test_whatever_else_goes_wrong_is_taken_back_too(world: World, error: Exception) -> None:
     world.release(1)
