@@ -18,8 +18,12 @@ import os
 import re
 import secrets as random_source
 import shutil
+import socket
+import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Callable, NamedTuple, NoReturn, Optional
 
 from ansible_collections.nemo.platform.plugins.module_utils.service_logs import clean
@@ -35,6 +39,8 @@ MINIMUM_MEMORY = 64 * 1024 * 1024
 RESERVED_ENVIRONMENT = ("IMAGE_TAG", "IMAGE_DIGEST", "RELEASE_ID")
 LOG_LINES = 20
 RESTART = "unless-stopped"  # of every container that serves
+DOCKER_SECONDS = 60  # for a docker command; longer where the engine has more to do
+TIMED_OUT = (124, 137, -9)  # of timeout(1), which dies of its own SIGKILL where the command outlives SIGTERM
 LOG_SEARCHED = 2000  # the last lines in which the reason of a failure is looked for
 PROBE_AGENT = "nemo-container-release"  # how health questions name themselves
 
@@ -66,6 +72,8 @@ ADVICE = {
     "start": "Read the reason above; the container was created but the engine could not start it.",
     "unhealthy": "Read the log lines of the failed release, mend the image or its settings, and release again.",
     "docker": "Run the named docker command on the host to see more.",
+    "unexpected": "Neither the image nor its settings caused it: mend what the host lacks (memory, open files, a command), or report"
+    " it, and run again.",
 }
 
 # The first match decides, so what is more telling stands first.
@@ -108,6 +116,18 @@ class ReleaseError(Exception):
     @property
     def advice(self) -> str:
         return ADVICE.get(self.reason, "")
+
+
+def release_error(error: Exception) -> ReleaseError:
+    """Anything that may go wrong, as what a run fails with."""
+    if isinstance(error, ReleaseError):
+        return error
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return ReleaseError("no_space" if full else "unexpected", str(error))
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    place = "".join(" (%s:%d)" % (os.path.basename(frame.filename), frame.lineno or 0) for frame in where)
+    return ReleaseError("unexpected", "%s: %s%s" % (type(error).__name__, error, place))
 
 
 def classify(stderr: str) -> str:
@@ -709,6 +729,10 @@ class Container(NamedTuple):
     memory: int
     image: str
     started: str = ""  # when, as the engine writes it
+    policy: str = RESTART
+    pid: int = 0
+    address: str = ""  # in a network of the engine
+    inside: Mapping[int, int] = MappingProxyType({})  # port in the container, by the port of the host that leads to it
 
     @property
     def record(self) -> Record | None:
@@ -730,9 +754,14 @@ class Container(NamedTuple):
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Container:
         state = data["State"]
-        ports: set[int] = set()
-        for bindings in ((data.get("HostConfig") or {}).get("PortBindings") or {}).values():
-            ports.update(int(entry["HostPort"]) for entry in bindings or [] if entry.get("HostPort"))
+        host = data.get("HostConfig") or {}
+        inside: dict[int, int] = {}
+        for port, bindings in (host.get("PortBindings") or {}).items():
+            number = int(port.partition("/")[0])
+            inside.update({int(entry["HostPort"]): number for entry in bindings or [] if entry.get("HostPort")})
+        networks = ((data.get("NetworkSettings") or {}).get("Networks") or {}).values()
+        restart = host.get("RestartPolicy") or {}
+        most = restart.get("MaximumRetryCount")
         return cls(
             name=data["Name"].lstrip("/"),
             status=state.get("Status", ""),
@@ -743,10 +772,14 @@ class Container(NamedTuple):
             restarts=int(data.get("RestartCount") or 0),
             error=state.get("Error") or "",
             labels=(data.get("Config") or {}).get("Labels") or {},
-            ports=ports,
-            memory=int((data.get("HostConfig") or {}).get("Memory") or 0),
+            ports=set(inside),
+            memory=int(host.get("Memory") or 0),
             image=data.get("Image") or "",
             started=state.get("StartedAt") or "",
+            pid=int(state.get("Pid") or 0),
+            address=next((entry["IPAddress"] for entry in networks if entry.get("IPAddress")), ""),
+            inside=inside,
+            policy=(restart.get("Name") or "no") + (":%d" % most if most else ""),
         )
 
 
@@ -761,8 +794,18 @@ class Docker:
     def fail(doing: str, stderr: str) -> NoReturn:
         raise ReleaseError(classify(stderr), "%s: %s" % (doing, last_line(stderr)))
 
-    def call(self, doing: str, *arguments: str) -> str:
-        rc, out, err = self.run(["docker"] + list(arguments))
+    def limited(self, words: Sequence[str], seconds: int = DOCKER_SECONDS) -> tuple[int, str, str]:
+        """A docker command, which an engine that hangs would otherwise not end, nor let go of the lock."""
+        if not self.timeout_command:
+            return self.run(["docker"] + list(words))
+        rc, out, err = self.run([self.timeout_command, "--kill-after=10", str(seconds), "docker"] + list(words))
+        if rc in TIMED_OUT:
+            text = "the Docker Engine does not answer: docker %s took more than %d s"
+            raise ReleaseError("engine_down", text % (" ".join(words[:2]), seconds))
+        return rc, out, err
+
+    def call(self, doing: str, *arguments: str, seconds: int = DOCKER_SECONDS) -> str:
+        rc, out, err = self.limited(arguments, seconds)
         if rc:
             self.fail(doing, err or out)
         return out
@@ -770,7 +813,7 @@ class Docker:
     def containers(self, names: Sequence[str]) -> dict[str, Container]:
         if not names:
             return {}
-        rc, out, err = self.run(["docker", "container", "inspect", "--format", "{{json .}}"] + list(names))
+        rc, out, err = self.limited(["container", "inspect", "--format", "{{json .}}"] + list(names))
         if rc and [line for line in err.splitlines() if line.strip() and "no such container" not in line.lower()]:
             self.fail("the containers cannot be inspected", err)
         found = [Container.parse(json.loads(line)) for line in out.splitlines() if line.startswith("{")]
@@ -791,7 +834,7 @@ class Docker:
         return data
 
     def image(self, reference: str) -> Record | None:
-        rc, out, err = self.run(["docker", "image", "inspect", "--format", "{{json .}}", reference])
+        rc, out, err = self.limited(["image", "inspect", "--format", "{{json .}}", reference])
         if not rc:
             data: Record = json.loads(out)
             return data
@@ -800,39 +843,41 @@ class Docker:
         return None
 
     def pull(self, reference: str, limit: int) -> None:
-        command = ["docker", "pull", "--quiet", reference]
-        if self.timeout_command:
-            command = [self.timeout_command, "--kill-after=10", str(limit)] + command
-        rc, out, err = self.run(command)
-        if rc == 124 and self.timeout_command:
-            raise ReleaseError("pull_timeout", "pulling %s took more than %d s" % (reference, limit))
+        try:
+            rc, out, err = self.limited(["pull", "--quiet", reference], limit)
+        except ReleaseError as error:
+            raise ReleaseError("pull_timeout", "pulling %s took more than %d s" % (reference, limit)) from error
         if rc:
             self.fail("%s cannot be pulled" % reference, err or out)
 
     def create(self, arguments: Sequence[str]) -> None:
-        self.call("the container cannot be created", "container", "create", *arguments)
+        self.call("the container cannot be created", "container", "create", *arguments, seconds=2 * DOCKER_SECONDS)
 
     def rename(self, old: str, new: str) -> None:
         self.call("%s cannot be renamed to %s" % (old, new), "container", "rename", old, new)
 
     def start(self, name: str) -> None:
-        rc, out, err = self.run(["docker", "container", "start", name])
+        rc, out, err = self.limited(["container", "start", name], 2 * DOCKER_SECONDS)
         if rc:
             reason = classify(err)
             text = "%s cannot be started: %s" % (name, last_line(err or out))
             known = ("engine_down", "no_space", "platform", "port_taken")
             raise ReleaseError(reason if reason in known else "start", text)
 
-    def stop(self, name: str, seconds: int | None) -> None:
-        limit = ["-t", str(seconds)] if seconds is not None else []
-        self.call("%s cannot be stopped" % name, "container", "stop", *(limit + [name]))
+    def stop(self, name: str, seconds: int) -> None:
+        doing = "%s cannot be stopped" % name
+        self.call(doing, "container", "stop", "-t", str(seconds), name, seconds=seconds + DOCKER_SECONDS)
+
+    def restart(self, name: str, seconds: int) -> None:
+        doing = "%s cannot be restarted" % name
+        self.call(doing, "container", "restart", "-t", str(seconds), name, seconds=seconds + 2 * DOCKER_SECONDS)
 
     def unpause(self, name: str) -> None:
         self.call("%s cannot be resumed" % name, "container", "unpause", name)
 
     def remove(self, name: str, volumes: bool = True) -> None:
-        command = ["docker", "container", "rm", "--force"] + (["--volumes"] if volumes else []) + [name]
-        rc, _out, err = self.run(command)
+        command = ["container", "rm", "--force"] + (["--volumes"] if volumes else []) + [name]
+        rc, _out, err = self.limited(command, 2 * DOCKER_SECONDS)
         if not rc or "no such container" in err.lower():
             return
         if "already in progress" in err.lower():  # of a run that was killed in the middle of this very command
@@ -845,7 +890,7 @@ class Docker:
     def log(self, name: str, lines: int, since: str = "") -> list[str]:
         """The last lines of both streams of a container, fit to be shown."""
         limits = ["--tail", str(lines)] + (["--since", since] if since else [])
-        rc, out, err = self.run(["docker", "container", "logs"] + limits + [name])
+        rc, out, err = self.limited(["container", "logs"] + limits + [name])
         # An application writes to either stream; what it said on stderr is what matters more, so it stands last.
         return [] if rc else [clean(line) for line in (out + err).splitlines() if line.strip()]
 
@@ -877,7 +922,7 @@ class Docker:
         return {line.strip() for line in out.splitlines() if line.strip()}
 
     def remove_image(self, image: str) -> bool:
-        rc, _out, _err = self.run(["docker", "image", "rm", image])
+        rc, _out, _err = self.limited(["image", "rm", image], 5 * DOCKER_SECONDS)
         return not rc
 
 
@@ -887,12 +932,29 @@ class Docker:
 def probe_http(address: str, port: int, question: Question, timeout: float) -> str | None:
     """One request; None when it is answered as it should be, otherwise what was wrong."""
     connection = http.client.HTTPConnection(address, port, timeout=timeout)
+    late = threading.Event()
+
+    def end(sock: socket.socket) -> None:
+        late.set()
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:  # it is over by itself
+            pass
+
+    limit = None
     try:
+        connection.connect()
+        # A socket's timeout begins anew with each byte: an answer that never ends would not end here either.
+        limit = threading.Timer(timeout, end, (connection.sock,))
+        limit.daemon = True
+        limit.start()
         headers = {"User-Agent": PROBE_AGENT, "Connection": "close"}
         headers.update(question.headers)
         connection.request(question.method, question.path, body=question.body.encode() or None, headers=headers)
         answer = connection.getresponse()
         body = answer.read(1 << 20).decode("utf-8", "replace")
+        if late.is_set():
+            return "timed out"
         shown = body.strip().splitlines()[0][:80] if body.strip() else ""
         if answer.status != question.status:
             return "it answered %d, not %d%s" % (answer.status, question.status, ": %s" % shown if shown else "")
@@ -900,10 +962,12 @@ def probe_http(address: str, port: int, question: Question, timeout: float) -> s
             return "its answer does not contain %r%s" % (question.contains, ": %s" % shown if shown else "")
         return None
     except OSError as error:
-        return (error.strerror or str(error) or type(error).__name__).lower()
+        return "timed out" if late.is_set() else (error.strerror or str(error) or type(error).__name__).lower()
     except http.client.HTTPException as error:
-        return "it answered what is not HTTP (%s)" % type(error).__name__
+        return "timed out" if late.is_set() else "it answered what is not HTTP (%s)" % type(error).__name__
     finally:
+        if limit:
+            limit.cancel()
         connection.close()
 
 
@@ -920,25 +984,29 @@ def memory_now(meminfo: str = "/proc/meminfo") -> tuple[int, int]:
     return values.get("MemTotal", 0), values.get("MemAvailable", 0)
 
 
+def connections(process: str, port: int, state: str = "01") -> list[list[str]]:
+    """Rows of the kernel's tables of TCP, as a process sees them: those with this local port in this state (01: established)."""
+    found: list[list[str]] = []
+    for table in ("tcp", "tcp6"):
+        try:
+            with open(os.path.join(process, "net", table), encoding="ascii") as stream:
+                rows = [row.split() for row in stream.readlines()[1:]]
+        except OSError:
+            continue
+        found += [row for row in rows if row[3] == state and int(row[1].rpartition(":")[2], 16) == port]
+    return found
+
+
 def listener(address: str, port: int, proc: str = "/proc") -> str | None:
     """Who listens on a TCP port of this host, None when nobody does."""
     inodes: set[str] = set()
-    for table in ("tcp", "tcp6"):
-        try:
-            with open(os.path.join(proc, "net", table), encoding="ascii") as stream:
-                rows = stream.readlines()[1:]
-        except OSError:
-            continue
-        for row in rows:
-            fields = row.split()
-            bound, _colon, number = fields[1].rpartition(":")
-            if fields[3] != "0A" or int(number, 16) != port:
+    for fields in connections(proc, port, "0A"):
+        bound = fields[1].rpartition(":")[0]
+        if len(bound) == 8 and address != "0.0.0.0" and bound != "00000000":
+            octets = [str(int(bound[index : index + 2], 16)) for index in (6, 4, 2, 0)]
+            if ".".join(octets) != address:
                 continue
-            if table == "tcp" and address != "0.0.0.0" and bound != "00000000":
-                octets = [str(int(bound[index : index + 2], 16)) for index in (6, 4, 2, 0)]
-                if ".".join(octets) != address:
-                    continue
-            inodes.add(fields[9])
+        inodes.add(fields[9])
     if not inodes:
         return None
     wanted = {"socket:[%s]" % inode for inode in inodes}

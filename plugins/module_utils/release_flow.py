@@ -16,9 +16,9 @@ Nothing here may rely on a ``finally`` clause or an exception handler to leave t
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -42,6 +42,7 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     Settings,
     Store,
     architecture,
+    connections,
     create_arguments,
     environment_text,
     health_of,
@@ -51,6 +52,7 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     port_range,
     probe_http,
     question_of,
+    release_error,
     request_timeout,
     settings_of,
     spec_of,
@@ -69,6 +71,7 @@ SPEAK_EVERY = 10.0  # seconds between two words on a phase that lasts
 READ_EVERY = 2.0  # seconds between two looks at the log of a release that is not healthy yet
 HISTORY = 50  # releases that the state remembers
 FAILURES = 20  # failed releases that it remembers
+CONTAINERD = "/var/lib/containerd"
 PROBES_LOST = 3  # health questions in a row without a good answer that end a release's watch
 RULE = re.compile(r"^(.+)-(\d{8}-\d{4})$")  # tags of one service, in the order of their time
 TO_REMEMBER = ("unhealthy", "start", "bake", "platform")  # what lies with the image and its settings
@@ -83,9 +86,9 @@ class Proxy(Protocol):
     def ensure(self, settings: ProxySettings, active: str, ports: Ports) -> str: ...
     def switch(self, settings: ProxySettings, active: str, ports: Ports, standby: bool = False) -> None: ...
     def hold(self, active: str) -> None: ...
-    def counters(self, slot: str) -> Counters: ...
+    def counters(self, slot: str) -> dict[str, Counters] | None: ...
     def cut(self, slot: str) -> None: ...
-    def remove(self) -> bool: ...
+    def remove(self, drain: bool = False) -> bool: ...
     def detour(self, settings: ProxySettings, port: int, release: int) -> bool: ...
     def end_detour(self, settings: ProxySettings, port: int, drain: float) -> None: ...
 
@@ -147,6 +150,14 @@ def newer(tag: str, other: str) -> bool:
     return bool(one and two and one.group(1) == two.group(1) and one.group(2) > two.group(2))
 
 
+def outlasts(tag: str, wanted: str) -> bool:
+    """Whether what was deployed stays where the rule has found another tag: it is newer, or a hotfix, which is of no rule.
+
+    A tag outside of the rule that is asked for was written by somebody who wants it.
+    """
+    return newer(tag, wanted) or bool(RULE.match(wanted) and not RULE.match(tag))
+
+
 def label_of(record: Mapping[str, Any]) -> str:
     return "%s (%s)" % (record.get("tag", "?"), record.get("release", "?"))
 
@@ -184,6 +195,7 @@ class Releaser:
         self.clock = clock
         self.tell = say
         self.name: str = params["name"]
+        self.put_aside = "%s.before" % self.name  # the container of other origin that had the service's name
         self.began = clock()
         self.changed = False
         self.action = "none"
@@ -195,6 +207,7 @@ class Releaser:
         self.images_lock = Lock(store.images_lock_path)
         self.server = ""
         self.data_root = "/var/lib/docker"
+        self.containerd = False  # whether images are containerd's, in a folder of its own
         self.boxes: dict[str, Container] = {}
         self.legacy: Container | None = None
         try:
@@ -272,7 +285,7 @@ class Releaser:
     # -- what stands on the host
 
     def look(self) -> None:
-        names = [self.name, "%s.next" % self.name, "%s.previous" % self.name]
+        names = [self.name, "%s.next" % self.name, "%s.previous" % self.name, self.put_aside]
         found = self.docker.containers(names + [n for n in self.docker.of_service(self.name) if n not in names])
         self.old_scheme = {name: entry for name, entry in found.items() if name in names}
         self.legacy = self.old_scheme.get(self.name)
@@ -319,19 +332,23 @@ class Releaser:
             journal["kind"] = "release"  # whatever the killed run called it
             self.advance(journal)
             return
-        if digest and self.is_there(wanted):
+        if digest and (self.is_there(wanted) or self.failed_before(wanted)):
             return
-        if digest:
-            self.refuse_failed(wanted)
         self.need_on_host(wanted)
         self.lock_images()
         self.preflight()
-        image = self.fetch(digest)
-        if not digest:
-            wanted = self.wanted(self.resolved(image))
-            if self.is_there(wanted):
-                return
-            self.refuse_failed(wanted)
+        try:
+            image = self.fetch(digest)
+            if not digest:
+                wanted = self.wanted(self.resolved(image))
+                if self.is_there(wanted) or self.failed_before(wanted):
+                    return
+            self.check_platform(image, wanted)
+        except ReleaseError as error:
+            if error.reason in TO_REMEMBER and wanted["digest"]:
+                self.mark_failed(self.new_record(wanted, {"Id": ""}), error.reason, error.text)
+                self.save()
+            raise
         self.after = wanted
         self.begin(self.new_record(wanted, image), "release", image)
 
@@ -364,7 +381,16 @@ class Releaser:
         current = self.record
         kept = [entry for entry in self.releases if entry["release"] != self.current]
         if name:
-            target = next((e for e in self.releases if name in (e["release"], e["tag"], e["digest"])), None)
+            named = [e for e in self.releases if name in (e["release"], e["tag"], e["digest"])]
+            left = {entry.get("release") for entry in self.failed}
+            # A tag or digest may be that of several: of the others first, as who asks wants to get away from the current one.
+            order = (
+                lambda e: e["release"] == name,
+                lambda e: e["release"] != self.current and e["release"] not in left,
+                lambda e: e["release"] == self.current,
+                lambda e: True,
+            )
+            target = next((e for fits in order for e in named if fits(e)), None)
         else:
             target = journal["record"] if journal else self.previous
         if journal and target and journal["record"]["release"] == target["release"]:
@@ -377,6 +403,7 @@ class Releaser:
             raise ReleaseError("no_release", "there is no %s; kept are: %s" % (what, there))
         self.before, self.after = (current or {}).get("settings"), target["settings"]
         if target["release"] == self.current:
+            self.say("%s is the release that answers already" % label_of(target))
             return
         self.changed, self.action = True, "rolled_back"
         if self.check_mode:
@@ -415,23 +442,26 @@ class Releaser:
     def hold(self) -> None:
         """A run for the whole site takes nothing back that an operator released, rolled back or pinned here."""
         record = self.record
-        if self.params["intent"] != "converge" or not record or record["image"] != self.params["image"]:
+        if self.params["intent"] != "converge" or not record:
             return
-        if record["tag"] == self.params["tag"] and self.params["digest"] in (None, "", record["digest"]):
+        moved = record["image"] != self.params["image"]
+        if record["tag"] == self.params["tag"] and not moved and self.params["digest"] in (None, "", record["digest"]):
             return
         if self.pinned:
             self.kept = "%s is pinned to %s (%s, by %s at %s)" % (
                 self.name, record["tag"], self.pinned["why"], self.pinned["by"], self.pinned["since"],
             )  # fmt: skip
-        elif record.get("intent") == "deploy" and newer(record["tag"], self.params["tag"] or ""):
-            text = "%s runs %s, which %s deployed and is newer than %s"
-            self.kept = text % (self.name, record["tag"], record["by"], self.params["tag"])
+        elif record.get("intent") == "deploy" and not moved and outlasts(record["tag"], self.params["tag"]):
+            text = "%s runs %s, which %s deployed and " + (
+                "is newer than" if RULE.match(record["tag"]) else "no rule compares with"
+            )
+            self.kept = (text + " %s") % (self.name, record["tag"], record["by"], self.params["tag"])
         else:
             return
         self.warnings.append(
             "%s; it stays. Release %s by playbooks/deploy.yml to change that" % (self.kept, self.params["tag"])
         )
-        self.params.update(tag=record["tag"], digest=record["digest"])
+        self.params.update(image=record["image"], tag=record["tag"], digest=record["digest"])
 
     def wanted_pin(self, kind: str, record: Record) -> Record | None:
         if kind == "rollback":
@@ -445,14 +475,23 @@ class Releaser:
             return self.pinned
         return {"by": self.by, "since": utc_now(), "why": "pinned at its release"}
 
-    def refuse_failed(self, wanted: Settings) -> None:
+    def failed_before(self, wanted: Settings) -> bool:
+        """Whether what runs stays, because a run for the whole site asks for what failed; to ask for just that is an error."""
         if self.params["force"]:
-            return
+            return False
         key = key_of(spec_of(wanted), health_of(self.params))
         known = next((entry for entry in self.failed if entry["key"] == key), None)
-        if known:
-            text = "this image with these settings failed before (%s, by %s): [%s] %s"
-            raise ReleaseError("failed_before", text % (known["at"], known["by"], known["reason"], known["text"]))
+        if not known:
+            return False
+        text = "this image with these settings failed before (%s, by %s): [%s] %s"
+        text %= (known["at"], known["by"], known["reason"], known["text"])
+        record = self.record
+        if self.params["intent"] != "converge" or not record or self.problem(record):
+            raise ReleaseError("failed_before", text)
+        self.kept = "%s runs %s, and %s is not tried again: %s" % (self.name, record["tag"], wanted["tag"], text)
+        self.warnings.append(self.kept)
+        self.after = self.before
+        return True
 
     def predict(self, digest: str | None) -> None:
         """Check mode: look, and touch nothing."""
@@ -466,8 +505,8 @@ class Releaser:
         if not record:
             self.changed, self.action = True, "replaced" if self.legacy else "released"
         elif record["spec"] != spec_of(self.after):
-            self.refuse_failed(self.after)
-            self.changed, self.action = True, "replaced"
+            if not self.failed_before(self.after):
+                self.changed, self.action = True, "replaced"
         elif (
             self.store.read("transition.json")
             or not box
@@ -564,9 +603,10 @@ class Releaser:
                 state = box.status if box else "gone"
                 self.recovered("the container of %s was %s; it was started again" % (label_of(record), state))
                 try:
-                    self.bring_up(record)
+                    # Not waited for: it is proven where it is what is asked for, and left at once where it is not.
+                    self.bring_up(record, wait=False)
                 except ReleaseError as error:
-                    self.warnings.append("the release that was there does not become healthy: %s" % error.text)
+                    self.warnings.append("the release that was there does not start: %s" % error.text)
             public = self.wanted_public
             done = self.proxy.ensure(public, record["slot"], self.ports)
             if done:
@@ -590,7 +630,7 @@ class Releaser:
         for release in sorted(self.store.release_ids() - known - {old}):
             self.store.delete_release(release)
 
-    def bring_up(self, record: Record) -> None:
+    def bring_up(self, record: Record, wait: bool = True) -> None:
         """A release that was proven before runs again, and is healthy."""
         box = self.inspect(record)
         if box and box.paused:
@@ -606,7 +646,8 @@ class Releaser:
                 self.save()
         else:
             return
-        self.prove(record, settle=0)
+        if wait:
+            self.prove(record, settle=0)
 
     # -- one release, step by step
 
@@ -620,6 +661,7 @@ class Releaser:
             "legacy": bool(self.legacy and not self.current),
             "detour": 0,
             "held": False,
+            "policy": self.legacy.policy if self.legacy else "",
             "ports": {},
             "proxy": self.wanted_public,
             "by": self.by,
@@ -636,8 +678,8 @@ class Releaser:
             self.images_lock.release()
             self.say("proving it on port %d" % record["host_port"])
             self.prove(record)
-        except (ReleaseError, OSError) as error:
-            self.back_out(journal, error)
+        except Exception as error:
+            self.back_out(journal, release_error(error))
         self.advance(journal)
 
     def alone(self, journal: Record) -> None:
@@ -652,6 +694,25 @@ class Releaser:
     def takes_turns(journal: Record) -> bool:
         return bool(journal.get("strategy") == "stop-start")
 
+    def has_other(self, journal: Record) -> bool:
+        """Whether another release comes back by itself, so that this one need not, as long as it is not committed.
+
+        One that ends while it is watched is then refused by its port, and HAProxy asks the one that stands by, whatever the
+        method; while the engine starts it again, its port would accept requests and lose them.
+        """
+        return bool(journal["from"] or (journal["legacy"] and self.takes_turns(journal)))
+
+    def keep_up(self, journal: Record) -> None:
+        """What is led to comes back by itself from now on, and what it replaces is as it was."""
+        if not self.has_other(journal):
+            return
+        names = [self.box_name(journal["record"])]
+        if self.takes_turns(journal):
+            names += [box.name for release, box in self.boxes.items() if release == journal["from"]]
+        self.docker.restart_policy(RESTART, *names)
+        if journal["legacy"] and self.legacy:
+            self.docker.restart_policy(journal.get("policy") or RESTART, self.name)
+
     def stop_first(self, journal: Record) -> None:
         """Where two do not fit: what serves stops, after it has answered what it was asked."""
         origin = self.record
@@ -665,8 +726,7 @@ class Releaser:
             self.say("no new requests for %s" % label_of(origin))
             self.proxy.hold(origin["slot"])
             self.drain(origin["slot"])
-        if origin:
-            self.docker.restart_policy("always", old)  # so that it is back after a reboot, though it was stopped
+        self.docker.restart_policy("always", old)  # so that it is back after a reboot, though it was stopped
         self.say("stopping the old release")
         self.docker.stop(old, int((origin["settings"] if origin else self.params)["stop_timeout"]))
 
@@ -677,20 +737,20 @@ class Releaser:
             if journal["from"] or journal["legacy"]:  # else there is nothing to turn back to
                 self.bake(journal["record"])
             self.commit(journal)
-        except (ReleaseError, OSError) as error:
-            self.back_out(journal, error)
+        except Exception as error:
+            self.back_out(journal, release_error(error))
         try:
             self.finish(journal)
-        except (ReleaseError, OSError) as error:
-            self.warnings.append("the release serves, but tidying up failed and is left to the next run: %s" % error)
+        except Exception as error:
+            text = "the release serves, but tidying up failed and is left to the next run: %s"
+            self.warnings.append(text % release_error(error).text)
 
     def place(self, record: Record, image: Record, new: bool, journal: Record | None = None) -> None:
         """The release's container runs, on a port that is free."""
         name = self.box_name(record)
         tried: set[int] = set()
         box = self.inspect(record)
-        # One that has taken another's place does not come back by itself before it is proven: the other does.
-        restart = "no" if journal and journal["from"] and self.takes_turns(journal) else RESTART
+        restart = "no" if journal and self.has_other(journal) else RESTART
         if box and restart != RESTART:
             self.docker.restart_policy(restart, name)
         while True:
@@ -752,21 +812,20 @@ class Releaser:
         ports = dict(self.ports if origin else {})
         ports[slot] = record["host_port"]
         record["slot"] = slot
-        self.journal(journal, step="switch", ports=ports)
+        beside = self.boxes.get(origin["release"]) if origin else None
+        standby = bool(self.params["bake_time"] and beside and beside.running and not self.takes_turns(journal))
+        standby = standby and self.proxy.is_set_up()
+        self.journal(journal, step="switch", ports=ports, standby=standby)
         public = journal["proxy"]
         self.say("leading traffic to it")
         if journal["legacy"]:
             self.move(journal, public, slot, ports)
         elif origin and self.proxy.is_set_up():
-            beside = self.boxes.get(origin["release"])
-            standby = bool(
-                self.params["bake_time"] and beside and beside.running and self.params["strategy"] == "beside"
-            )
             self.proxy.switch(public, slot, ports, standby)
         else:
             self.proxy.ensure(public, slot, ports)
-        if origin and self.takes_turns(journal):
-            self.docker.restart_policy(RESTART, self.box_name(record), self.box_name(origin))
+        if not standby:
+            self.keep_up(journal)
         problem = self.problem_of(self.local(public["address"]), public["port"], record)
         if problem:
             raise ReleaseError("proxy", "it does not answer through port %d: %s" % (public["port"], problem))
@@ -777,7 +836,9 @@ class Releaser:
         self.journal(journal, detour=port)
         legacy = self.docker.containers([self.name]).get(self.name)
         if legacy and legacy.running:
-            if not self.proxy.detour(public, port, ports[slot]):
+            if self.proxy.detour(public, port, ports[slot]):
+                self.drain_legacy(legacy, public["port"])
+            else:
                 text = "this host has no iptables: requests were refused from the stop of the old container until HAProxy had its port"
                 self.warnings.append(text)
             self.docker.stop(self.name, self.params["stop_timeout"])
@@ -785,7 +846,40 @@ class Releaser:
         self.proxy.end_detour(public, port, self.params["drain_timeout"])
         self.journal(journal, detour=0)
 
+    def drain_legacy(self, legacy: Container, port: int) -> None:
+        """New connections are led around it: those that it has are waited for, as far as they end."""
+        until = self.clock() + self.params["drain_timeout"]
+        while True:
+            left = len(connections("/proc/%d" % legacy.pid, legacy.inside.get(port, port)))
+            if not left:
+                return
+            if self.clock() >= until:
+                text = "%d connections to the old container were still open after %s s, and ended with it"
+                self.warnings.append(text % (left, self.params["drain_timeout"]))
+                return
+            self.sleep(0.2)
+
+    def move_back(self, journal: Record, strict: bool) -> None:
+        """The container that held the public port has it again. New connections go to the new release meanwhile, if it runs."""
+        record, public = journal["record"], journal["proxy"]
+        if self.takes_turns(journal):
+            self.stop_failed(journal)
+        box = self.inspect(record)
+        around = False
+        if box and box.running and self.proxy.is_set_up():
+            self.journal(journal, detour=journal["detour"] or self.free_port({record["host_port"]}))
+            around = self.proxy.detour(public, journal["detour"], record["host_port"])
+        self.proxy.remove(drain=around)
+        self.docker.start(self.name)  # of a container that runs already this is no change
+        if self.takes_turns(journal):
+            self.docker.restart_policy(journal.get("policy") or RESTART, self.name)
+        if self.legacy and (self.legacy.record or journal["detour"]):
+            self.attempt(strict, self.wait_legacy, self.legacy.record or {})
+        if journal["detour"]:
+            self.proxy.end_detour(public, journal["detour"], self.params["drain_timeout"])
+
     def commit(self, journal: Record) -> None:
+        self.keep_up(journal)
         record = dict(journal["record"], since=utc_now(), by=journal["by"], kind=journal["kind"])
         if journal["kind"] == "release":
             record["intent"] = "deploy" if self.kept else self.params["intent"]
@@ -840,8 +934,9 @@ class Releaser:
         if journal.get("detour"):
             self.proxy.end_detour(journal["proxy"], journal["detour"], self.params["drain_timeout"])
         if journal["legacy"] and self.legacy:
-            self.docker.remove(self.name, volumes=bool(self.legacy.record))
-            self.legacy = None
+            self.leave_legacy()
+        elif not journal["legacy"] and self.put_aside in self.old_scheme:
+            self.docker.remove(self.put_aside, volumes=False)
         # the same image with the same settings is nothing to roll back to
         others = [entry for entry in self.releases if entry["release"] != self.current]
         others = [entry for entry in others if not current or entry["spec"] != current["spec"]]
@@ -855,15 +950,30 @@ class Releaser:
         self.sweep()
         self.prune()
 
+    def leave_legacy(self) -> None:
+        """A release of before HAProxy can be made anew from its image; of a container of other origin nobody knows how."""
+        if self.adopted():
+            self.docker.remove(self.name)
+        else:
+            if self.put_aside in self.old_scheme:
+                self.docker.remove(self.put_aside, volumes=False)
+            self.docker.restart_policy("no", self.name)
+            self.docker.rename(self.name, self.put_aside)
+            text = "the container %s that served before is kept, stopped, as %s, until the next release"
+            self.warnings.append(text % (self.name, self.put_aside))
+        self.legacy = None
+
     def drain(self, slot: str) -> None:
         until = self.clock() + self.params["drain_timeout"]
         while True:
-            left = self.proxy.counters(slot).current
-            if not left:
+            seen = self.proxy.counters(slot)
+            left = None if seen is None else sum(worker.current for worker in seen.values())
+            if left == 0:
                 return
             if self.clock() >= until:
-                text = "%d requests were still being answered %s s after the switch, and were ended"
-                self.warnings.append(text % (left, self.params["drain_timeout"]))
+                what = "HAProxy did not say how many" if left is None else "%d" % left
+                text = "%s requests were still being answered %s s after the switch, and were ended"
+                self.warnings.append(text % (what, self.params["drain_timeout"]))
                 self.proxy.cut(slot)
                 return
             self.sleep(0.2)
@@ -877,23 +987,23 @@ class Releaser:
 
     # -- when it goes wrong
 
-    def back_out(self, journal: Record, error: Exception) -> NoReturn:
+    def back_out(self, journal: Record, error: ReleaseError) -> NoReturn:
         """What served before serves; then the run fails with what the new release said."""
         record = journal["record"]
-        reason = error.reason if isinstance(error, ReleaseError) else "start"
-        text = error.text if isinstance(error, ReleaseError) else str(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = "no_space"
-        log = list(error.log_tail) if isinstance(error, ReleaseError) else []
-        cause = ""
+        reason, text, log, cause = error.reason, error.text, list(error.log_tail), ""
         seconds = self.clock() - self.began
+        safe = False
         try:
+            self.load()
+            origin = self.find(journal["from"])
+            if origin and journal.get("standby"):  # it runs, and has the traffic again whatever the engine does
+                self.proxy.switch(journal["proxy"], origin["slot"], self.ports)
+                safe = True
             self.changed = bool(self.store.read("transition.json"))
             box = self.inspect(record)
             if box:
                 cause = self.cause(box)
                 log = log or self.docker.logs(self.box_name(record), record["health"])
-            self.load()
             led = journal["step"] == "switch"
             text += (": found in its log: %s" % cause if cause else "") + ". " + self.undo(journal)
             self.action = "restored" if led or self.params["strategy"] == "stop-start" else "removed"
@@ -903,8 +1013,12 @@ class Releaser:
             self.save()
             self.store.delete("transition.json")
             self.say("taken back %.1f s after the decision" % (self.clock() - self.began - seconds))
-        except (ReleaseError, OSError) as second:
-            text += ". WHAT SERVED BEFORE DOES NOT SERVE EITHER: %s. The next run tries again" % second
+        except Exception as second:
+            what = release_error(second).text
+            if safe:
+                text += ". The release before it has the traffic again; the rest is left to the next run: %s" % what
+            else:
+                text += ". WHAT SERVED BEFORE DOES NOT SERVE EITHER: %s. The next run tries again" % what
         raise ReleaseError(reason, text, log, cause)
 
     def cause(self, box: Container) -> str:
@@ -942,12 +1056,7 @@ class Releaser:
         origin = self.find(journal["from"])
         self.look()
         if journal["legacy"]:
-            self.proxy.remove()
-            self.docker.start(self.name)  # of a container that runs already this is no change
-            if journal["detour"]:
-                self.proxy.end_detour(journal["proxy"], journal["detour"], self.params["drain_timeout"])
-            if self.legacy and self.legacy.record:
-                self.attempt(strict, self.wait_legacy, self.legacy.record)
+            self.move_back(journal, strict)
             said = "The old container (%s) serves" % ((self.legacy and self.legacy.labels.get("nemo.tag")) or self.name)
         elif origin:
             box = self.boxes.get(origin["release"])
@@ -955,14 +1064,18 @@ class Releaser:
             if stood and self.takes_turns(journal):
                 self.stop_failed(journal)
             self.attempt(strict, self.bring_up, origin)
-            if self.takes_turns(journal):
-                kept = [origin] + ([record] if self.find(record["release"]) else [])
+            kept = [origin] if self.takes_turns(journal) else []
+            kept += [record] if self.find(record["release"]) and record["release"] in self.boxes else []
+            if kept:
                 self.docker.restart_policy(RESTART, *[self.box_name(entry) for entry in kept])
-            if (led or journal.get("held")) and self.proxy.is_set_up():
+            # One that stood may have come back on another port.
+            if (led or journal.get("held") or stood) and self.proxy.is_set_up():
                 self.proxy.switch(journal["proxy"], origin["slot"], self.ports)
-            said = "The release before it, %s, %s" % (
-                label_of(origin), "serves again" if led or stood else "served all through",
-            )  # fmt: skip
+            problem = self.problem(origin)
+            state = (
+                "is not healthy (%s)" % problem if problem else "serves again" if led or stood else "served all through"
+            )
+            said = "The release before it, %s, %s" % (label_of(origin), state)
         else:
             self.proxy.remove()
             said = "There was no release before it, so nothing serves now"
@@ -999,13 +1112,20 @@ class Releaser:
             self.warnings.append("the release that was there does not become healthy: %s" % error.text)
 
     def wait_legacy(self, old: Record) -> None:
-        settings, health = old["settings"], old["health"]
+        """By its own address, as new connections to the public port may still be led around it."""
+        health = old.get("health") or health_of(self.params)
+        public = old.get("settings") or self.wanted_public
         question = question_of({"path": health["path"], "status": health["status"]})
         until = self.clock() + health["timeout"]
-        address = self.local(settings["bind_address"])
         while True:
-            problem = self.probe(address, settings["port"], question, 5.0)
-            if problem is None:
+            box = self.docker.containers([self.name]).get(self.name)
+            if box and box.address:
+                address, port = box.address, box.inside.get(public["port"], public["port"])
+            else:
+                address, port = self.local(public.get("bind_address") or public.get("address") or ""), public["port"]
+            problem = self.probe(address, port, question, 5.0)
+            # Of a container of other origin nobody knows what a good answer is.
+            if problem is None or (not old and problem.startswith("it answered")):
                 return
             if self.clock() >= until:
                 raise ReleaseError("unhealthy", "the old container gives no healthy answer: %s" % problem)
@@ -1125,16 +1245,23 @@ class Releaser:
         until = self.clock() + seconds
         restarts = self.alive(record, None).restarts
         first = self.proxy.counters(slot)
+        seen = dict(first or {})
         lost = 0
         while True:
             try:
                 self.alive(record, restarts)
             except ReleaseError as error:
+                if error.reason != "unhealthy":
+                    raise
                 raise ReleaseError("bake", "%s, with traffic on it" % error.text, error.log_tail) from error
             now = self.proxy.counters(slot)
-            if now.total < first.total:
-                first = Counters(0, 0, 0)  # HAProxy was started again, and counts anew
-            total, errors = now.total - first.total, now.errors - first.errors
+            if now is not None:
+                # Each worker counts for itself: one of before a reload may end, one that is started again counts anew.
+                first = now if first is None else first
+                seen.update(now)
+            before = list((first or {}).values())
+            total = sum(entry.total for entry in seen.values()) - sum(entry.total for entry in before)
+            errors = sum(entry.errors for entry in seen.values()) - sum(entry.errors for entry in before)
             share = 100.0 * errors / total if total else 0.0
             if total >= self.params["bake_min_requests"] and share > self.params["bake_error_percent"]:
                 text = "%d of %d requests failed (%.1f %%); allowed: %s %%"
@@ -1167,6 +1294,7 @@ class Releaser:
         info = self.docker.info()
         self.server = "%s/%s" % (info.get("OSType", "linux"), architecture(info.get("Architecture", "")))
         self.data_root = info.get("DockerRootDir") or self.data_root
+        self.containerd = "io.containerd.snapshotter" in json.dumps(info.get("DriverStatus") or [])
         total = info.get("MemTotal") or 0
         memory = parse_size(self.params["memory"])
         if total and memory > total:
@@ -1203,7 +1331,7 @@ class Releaser:
             raise ReleaseError("memory", text % (need >> 20, why))
 
     def fetch(self, digest: str | None) -> Record:
-        """The image, pulled where it is not here yet, and fit for this host's platform."""
+        """The image, pulled where it is not here yet."""
         repository, tag = self.params["image"], self.params["tag"]
         reference = "%s@%s" % (repository, digest) if digest else "%s:%s" % (repository, tag)
         image = None
@@ -1223,10 +1351,13 @@ class Releaser:
             image = image or self.docker.image(reference)
         if not image:
             raise ReleaseError("not_found", "%s was pulled, and is gone again" % reference)
+        return image
+
+    def check_platform(self, image: Record, wanted: Settings) -> None:
         platform = "%s/%s" % (image.get("Os", "linux"), architecture(image.get("Architecture", "")))
         if platform != self.server:
-            raise ReleaseError("platform", "%s is built for %s, this host is %s" % (reference, platform, self.server))
-        return image
+            text = "%s:%s is built for %s, this host is %s"
+            raise ReleaseError("platform", text % (wanted["image"], wanted["tag"], platform, self.server))
 
     def resolved(self, image: Record) -> str:
         for entry in image.get("RepoDigests") or []:
@@ -1237,23 +1368,26 @@ class Releaser:
 
     def need_space(self) -> None:
         wanted = self.params["min_free_disk_mb"]
-        free = self.free_mb()
-        if free is None or free >= wanted:
+        if self.least_free()[0] >= wanted:
             return
         self.images_lock.release()
         self.prune()
         self.lock_images()
-        free = self.free_mb()
-        if free is not None and free < wanted:
-            text = "no space left to pull: %s has %d MB free; allowed: %d MB or more" % (self.data_root, free, wanted)
+        free, folder = self.least_free()
+        if free < wanted:
+            text = "no space left to pull: %s has %d MB free; allowed: %d MB or more" % (folder, free, wanted)
             raise ReleaseError("no_space", text)
 
-    def free_mb(self) -> int | None:
-        try:
-            state = os.statvfs(self.data_root)
-        except OSError:
-            return None
-        return state.f_bavail * state.f_frsize // 1000000
+    def least_free(self) -> tuple[float, str]:
+        """Megabytes of the fuller one of the folders that a pull fills."""
+        found = [(math.inf, "")]
+        for folder in [self.data_root] + ([CONTAINERD] if self.containerd else []):
+            try:
+                state = os.statvfs(folder)
+            except OSError:
+                continue
+            found.append((state.f_bavail * state.f_frsize // 1000000, folder))
+        return min(found)
 
     def new_record(self, settings: Settings, image: Record) -> Record:
         return {

@@ -520,6 +520,7 @@ class HAProxy:
             self.validate(text)
             self.write(self.configuration, text)
         files = self.unit_files(settings)
+        before = {name: self.read(os.path.join(self.units, name)) for name in files}
         stale = [name for name in sorted(files) if self.read(os.path.join(self.units, name)) != files[name]]
         for name in stale:
             self.write(os.path.join(self.units, name), files[name])
@@ -532,13 +533,25 @@ class HAProxy:
                 self.call("%s cannot be stopped" % self.unit, "systemctl", "stop", service, sockets)
                 running = None
             self.call("%s cannot be enabled" % self.unit, "systemctl", "--quiet", "enable", sockets, service)
-            self.call("the public port cannot be opened", "systemctl", "start", sockets)
+            try:
+                self.call("the public port cannot be opened", "systemctl", "start", sockets)
+            except ReleaseError:
+                if bound:
+                    self.back_to(before)
+                raise
             self.call("HAProxy cannot be started", "systemctl", "start", service)
         if running is not None and running != self.identity(settings):
             self.call("HAProxy cannot be reloaded", "systemctl", "reload", service)
         self.wait_for(settings)
         self.lead(active, ports)
         return difference
+
+    def back_to(self, units: Mapping[str, str | None]) -> None:
+        """The address that was open before is open again."""
+        for name, text in units.items():
+            self.write(os.path.join(self.units, name), text or "")
+        self.execute(("systemctl", "daemon-reload"), (), {})
+        self.execute(("systemctl", "start", *sorted(units)), (), {})
 
     @staticmethod
     def address(settings: ProxySettings) -> str:
@@ -618,19 +631,20 @@ class HAProxy:
     def tell(self, worker: str, command: str) -> None:
         self.ask("@!%s %s" % (worker, command))
 
-    def counters(self, slot: str) -> Counters:
-        """Of all workers together; zeros while none answers."""
-        current = total = errors = 0
+    def counters(self, slot: str) -> dict[str, Counters] | None:
+        """Of each worker, by its process id; None where one does not answer, nothing where no HAProxy runs."""
+        found: dict[str, Counters] = {}
         try:
             for worker in self.workers():
-                row = self.servers(worker).get(slot)
-                if row:
-                    current += int(row["scur"] or 0)
-                    total += int(row["stot"] or 0)
-                    errors += sum(int(row[name] or 0) for name in ("hrsp_5xx", "econ", "eresp"))
-        except OSError:
-            pass
-        return Counters(current, total, errors)
+                row = self.servers(worker)[slot]
+                errors = sum(int(row[name] or 0) for name in ("hrsp_5xx", "econ", "eresp"))
+                found[worker] = Counters(int(row["scur"] or 0), int(row["stot"] or 0), errors)
+        except (OSError, KeyError, ValueError):  # busy, or a worker that has just ended
+            found = {}
+        if found:
+            return found
+        _rc, state, _err = self.execute(("systemctl", "is-active", "%s.service" % self.unit), (), {})
+        return {} if state.strip() in ("inactive", "failed") else None
 
     def cut(self, slot: str) -> None:
         """End what still runs on a server."""
@@ -640,8 +654,8 @@ class HAProxy:
         except OSError:
             pass
 
-    def remove(self) -> bool:
-        """Nothing of it is left. Says whether there was anything."""
+    def remove(self, drain: bool = False) -> bool:
+        """Nothing of it is left. Says whether there was anything. What it has begun it ends within its unit's limit, or not."""
         paths = [os.path.join(self.units, name) for name in ("%s.service" % self.unit, "%s.socket" % self.unit)]
         there = [path for path in paths + [self.configuration] if os.path.exists(path)]
         if not there:
@@ -649,7 +663,8 @@ class HAProxy:
         if any(path in there for path in paths):
             names = [os.path.basename(path) for path in paths if path in there]
             self.call("HAProxy cannot be stopped", "systemctl", "--quiet", "disable", *names)
-            self.execute(("systemctl", "kill", "--signal=TERM", "%s.service" % self.unit), (), {})
+            if not drain:
+                self.execute(("systemctl", "kill", "--signal=TERM", "%s.service" % self.unit), (), {})
             self.call("HAProxy cannot be stopped", "systemctl", "stop", *names)
         for path in there:
             os.unlink(path)

@@ -24,7 +24,8 @@ description:
     under a lock, which the kernel drops when its holder dies.
   - A container of an earlier version of this module, or any container that has the service's name and publishes its port, is moved
     behind HAProxy by its next release. New connections are led around it meanwhile, where the host has iptables; connections that
-    clients keep open to it end with it.
+    clients keep open to it are waited for up to O(drain_timeout), and then end with it. One that this module has not made is kept,
+    stopped, as C(NAME.before) until the next release.
   - Containers run with an init process, without capabilities or new privileges, with limits on memory, processes and logs, and restart
     unless they were stopped.
   - Secrets become files under C(/run/secrets) in the container. They appear in no argument, environment, label, diff or log.
@@ -63,8 +64,9 @@ options:
     default: beside
   intent:
     description:
-      - V(deploy) releases what is asked for. V(converge) is for runs over the whole site - a release that is pinned, or that was made with
-        V(deploy) and has a newer tag of the same kind, stays, with the settings that are asked for.
+      - V(deploy) releases what is asked for. V(converge) is for runs over the whole site - a release that is pinned stays, and so does one
+        that was made with V(deploy) where O(tag) is of the rule C(NAME-YYYYMMDD-HHMM) and not newer; with the settings that are asked for.
+      - With V(converge) what runs stays as it is, with a warning, where an image is asked for that failed with the same settings before.
     type: str
     choices: [deploy, converge]
     default: deploy
@@ -241,7 +243,8 @@ options:
     description: Name of the file below C(progress) of O(run_path) that the progress is written to, a line for each step. O(name) when it is left out.
     type: str
   smoke:
-    description: One request that a new release must answer before it is led to.
+    description: One request that a new release must answer before it is led to. It is kept with the release, visible to anyone who can inspect
+      the container.
     type: dict
     suboptions:
       path: {description: Path and query., type: str, required: true}
@@ -255,7 +258,8 @@ options:
     description:
       - Seconds for which a new release is watched with real traffic on it, before the old one is stopped. The traffic goes back by itself
         when the container restarts, when it is no longer healthy, or when too many of its requests fail, as HAProxy counts them.
-      - Meanwhile the old release gets one request in a few hundred, and what the new one does not accept.
+      - Meanwhile the old release gets one request in a few hundred, and what the new one does not accept. A new one that ends is not started
+        again, so that its port refuses at once, and the old one answers, whatever the method.
       - A first release is not watched, for there is nothing to turn back to.
     type: int
     default: 30
@@ -268,7 +272,8 @@ options:
     type: int
     default: 20
   drain_timeout:
-    description: Seconds that the old release has for the requests that it is still answering. What is left then is ended.
+    description: Seconds that the old release has for the requests that it is still answering. What is left then is ended. With
+      O(strategy=stop-start) that needs O(proxy_retry_after); without it the old release has O(stop_timeout), while HAProxy holds what comes.
     type: int
     default: 60
   reserve_memory_mb:
@@ -341,7 +346,8 @@ options:
     type: int
     default: 900
   min_free_disk_mb:
-    description: Megabytes (10^6) that must be free in the engine's data folder before a pull. Images that no release needs are removed first.
+    description: Megabytes (10^6) that must be free in the engine's data folder, and in containerd's where that has the images, before a pull.
+      Images that no release needs are removed first.
     type: int
     default: 1024
   lock_timeout:
@@ -478,6 +484,7 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     Settings,
     Store,
     check_request,
+    release_error,
     settings_of,
     utc_now,
 )
@@ -703,10 +710,8 @@ def main() -> None:
             lock.sign({"by": by, "since": utc_now(), "pid": os.getpid(), "what": params["tag"] or params["state"]})
         releaser.load()  # another run may have released while this one waited for the lock
         {"present": releaser.present, "absent": releaser.absent, "rolled_back": releaser.rollback}[params["state"]]()
-    except ReleaseError as failure:
-        error = failure
-    except OSError as failure:
-        error = ReleaseError("no_space" if failure.errno in (28, 122) else "docker", str(failure))
+    except Exception as failure:
+        error = release_error(failure)
 
     bare = module.check_mode and error is not None and error.reason in ("docker_missing", "engine_down")
     bare = bare and params["state"] != "rolled_back"

@@ -121,9 +121,10 @@ class Restarter:
         probe: release.Prober = release.probe_http,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        timeout_command: str | None = None,
     ) -> None:
         self.params, self.run, self.check_mode = params, run, check_mode
-        self.docker = Docker(run)
+        self.docker = Docker(run, timeout_command)
         self.probe, self.clock, self.sleep = probe, clock, sleep
 
     # containers
@@ -177,8 +178,7 @@ class Restarter:
         box = service.box.name
         if service.box.paused:
             self.docker.unpause(box)
-        seconds = str(service.record["settings"]["stop_timeout"])
-        self.docker.call(f"{name} cannot be restarted", "container", "restart", "-t", seconds, box)
+        self.docker.restart(box, int(service.record["settings"]["stop_timeout"]))
         # The engine counts restarts anew where it was asked for one.
         url = self.wait(service, self.look(box).restarts)
         took = self.clock() - started
@@ -192,8 +192,10 @@ class Restarter:
 
     def services(self) -> list[Service]:
         """Services that answer on this host now; none where there is no engine."""
-        rc, out, _err = self.run(["docker", "ps", "--filter", "label=nemo.service", "--format", "{{.Names}}"])
-        names = {name.partition(".")[0] for name in ([] if rc else out.split())}
+        try:
+            names = {name.partition(".")[0] for name in self.docker.of_service(None)}
+        except ReleaseError:  # what is to be restarted may be the engine
+            names = set()
         found = []
         for name in sorted(names):
             try:
@@ -222,6 +224,7 @@ class Restarter:
         for lock, service in zip(locks, running):
             if not lock.acquire(self.params["lock_timeout"]):  # held until this process ends
                 raise ReleaseError("lock", f"another run is at work on {service.name}: {lock.holder()}")
+            sign(lock, f"a restart of {unit}")
         started = self.clock()
         # A unit that was restarted often is refused by systemd for a while, unless its count is reset.
         self.systemctl("reset-failed", unit)
@@ -248,6 +251,12 @@ class Restarter:
             "msg": f"{unit} was restarted; it is active{also} after {took:.1f} s",
             "seconds": round(took, 1),
         }
+
+
+def sign(lock: Lock, what: str) -> None:
+    """Who waits for the lock is told."""
+    by = os.environ.get("SUDO_USER") or "root"
+    lock.sign({"by": by, "since": release.utc_now(), "pid": os.getpid(), "what": what})
 
 
 def main() -> None:
@@ -279,7 +288,7 @@ def main() -> None:
         )  # fmt: skip
         return rc, out, err
 
-    restarter = Restarter(params, run, module.check_mode)
+    restarter = Restarter(params, run, module.check_mode, timeout_command=module.get_bin_path("timeout"))
     try:
         if not name:
             module.exit_json(**restarter.unit(unit))
@@ -289,8 +298,7 @@ def main() -> None:
             restarter.find(name)  # before the lock's file is made for a service that is not here
             if not lock.acquire(params["lock_timeout"]):
                 raise ReleaseError("lock", f"another run is at work on {name}: {lock.holder()}")
-            by = os.environ.get("SUDO_USER") or "root"
-            lock.sign({"by": by, "since": release.utc_now(), "pid": os.getpid(), "what": "a restart"})
+            sign(lock, "a restart")
         module.exit_json(**restarter.container(name))
     except (ReleaseError, OSError) as error:
         text = error.text if isinstance(error, ReleaseError) else str(error)

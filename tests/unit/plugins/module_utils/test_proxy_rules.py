@@ -262,7 +262,9 @@ def test_who_stands_by_takes_over_alone_when_the_new_release_dies_or_turns_bad(
     wait_for(lambda: proxy.ask("GET /x")[2] == "new /x")
     new.end()
     wait_for(lambda: proxy.ask("GET /x")[2] == "old /x")
-    assert {proxy.ask("GET /x")[0] for _ in range(20)} == {200}, "a refused connection goes to the other one"
+    for line in ("GET /x", "POST /x"):
+        answers = {proxy.ask(line, "Content-Length: 0")[0] for _ in range(20)}
+        assert answers == {200}, "a refused connection goes to the other one"
 
 
 @needs_haproxy

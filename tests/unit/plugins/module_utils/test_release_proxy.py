@@ -85,7 +85,7 @@ class Host:
         self.started = 0
         self.bound = ""
         self.commands: list[str] = []
-        self.refuse = ""
+        self.refuse = self.taken = ""
         self.proxy = HAProxy(
             "api",
             self.execute,
@@ -130,10 +130,12 @@ class Host:
             assert int(environment["NEMO_FD"]) in descriptors
             assert Path(words[-1]).exists()
             return (1, "", f"[ALERT] {self.refuse}") if self.refuse else (0, "", "")
-        if words[:2] == ["systemctl", "start"] and words[2].endswith(".socket"):
-            unit = (self.folder / "units" / words[2]).read_text()
+        if words[:2] == ["systemctl", "start"] and words[-1].endswith(".socket"):
+            unit = (self.folder / "units" / words[-1]).read_text()
             found = re.search(r"ListenStream=(\S+)", unit)
             assert found
+            if found[1] == self.taken:
+                return 1, "", "Address already in use"
             self.bound = found[1]
         if words[:2] == ["systemctl", "start"] and words[2].endswith(".service") and not self.workers:
             self.start()
@@ -141,6 +143,8 @@ class Host:
             self.start()
         if words[:2] == ["systemctl", "stop"]:
             self.workers, self.bound = {}, ""
+        if words[:2] == ["systemctl", "is-active"]:
+            return (0, "active\n", "") if self.workers else (3, "inactive\n", "")
         if words[:2] == ["systemctl", "show"]:
             state = f"ActiveState=active\nListen={self.bound} (Stream)\n" if self.bound else "ActiveState=inactive\n"
             return 0, state, ""
@@ -252,6 +256,15 @@ def test_a_public_port_that_is_taken_leaves_the_old_one_open(host: Host, monkeyp
     assert "8000" in (host.folder / "units/nemo-proxy-api.socket").read_text()
 
 
+def test_an_address_that_cannot_be_opened_leaves_the_old_one_open(host: Host) -> None:
+    host.proxy.ensure(SETTINGS, "a", {"a": 20001})
+    host.taken = "10.0.0.9:8000"
+    with pytest.raises(ReleaseError, match="the public port cannot be opened"):
+        host.proxy.ensure({**SETTINGS, "address": "10.0.0.9"}, "a", {"a": 20001})
+    assert host.bound == "0.0.0.0:8000"
+    assert host.workers
+
+
 def test_what_haproxy_refuses_is_never_in_place(host: Host) -> None:
     host.proxy.ensure(SETTINGS, "a", {"a": 20001})
     before = Path(host.proxy.configuration).read_text()
@@ -262,20 +275,29 @@ def test_what_haproxy_refuses_is_never_in_place(host: Host) -> None:
     assert not Path(f"{host.proxy.configuration}.draft").exists()
 
 
-def test_counters_are_those_of_all_workers(host: Host) -> None:
+def test_counters_are_those_of_each_worker(host: Host) -> None:
     host.proxy.ensure(SETTINGS, "a", {"a": 20001})
     host.start()
     for worker in host.workers.values():
         worker.servers["a"]["scur"] = 2
-    assert host.proxy.counters("a") == (4, 200, 12)
+    assert host.proxy.counters("a") == {"102": (2, 100, 6), "101": (2, 100, 6)}
+
+
+def test_a_worker_that_does_not_answer_is_no_zero(host: Host) -> None:
+    host.proxy.ensure(SETTINGS, "a", {"a": 20001})
+    host.start()
+    host.workers["101"].servers.clear()  # it has just ended
+    assert host.proxy.counters("a") is None
 
 
 def test_a_haproxy_that_does_not_answer_counts_nothing_and_serves_nothing(host: Host) -> None:
     host.proxy.ensure(SETTINGS, "a", {"a": 20001})
     host.server.shutdown()
     Path(host.proxy.master).unlink()
-    assert host.proxy.counters("a") == (0, 0, 0)
+    assert host.proxy.counters("a") is None
     assert host.proxy.difference(SETTINGS, "a", {"a": 20001}) == "HAProxy does not run"
+    host.workers = {}
+    assert host.proxy.counters("a") == {}, "one that does not run has nothing left to answer"
 
 
 def test_nothing_is_left_after_its_removal(host: Host) -> None:

@@ -131,6 +131,7 @@ class FakeDocker:
             "Architecture": "x86_64",
             "MemTotal": state["memory"],
             "DockerRootDir": str(self.path.parent),
+            "DriverStatus": state.get("storage", []),
             "Runtimes": {"runc": {}, "nvidia": {}},
         }
         return 0, json.dumps(data), ""
@@ -209,10 +210,14 @@ class FakeDocker:
                         "ExitCode": entry.get("exit", 0),
                         "OOMKilled": entry.get("oom", False),
                     },
+                    "NetworkSettings": {
+                        "Networks": {"bridge": {"IPAddress": "172.17.0.2" if entry["status"] == "running" else ""}}
+                    },
                     "Config": {"Labels": entry["labels"]},
                     "Image": entry["image"],
                     "HostConfig": {
                         "Memory": 1 << 30,
+                        "RestartPolicy": {"Name": entry.get("policy", "unless-stopped"), "MaximumRetryCount": 0},
                         "PortBindings": {"8000/tcp": [{"HostIp": "", "HostPort": str(entry["port"])}]},
                     },
                 }

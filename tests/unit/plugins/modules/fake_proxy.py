@@ -51,8 +51,9 @@ class FakeProxy:
             return port
         running = state["running"]
         if running and running["settings"]["port"] == port and not running.get("held"):
-            found: int | None = running["ports"].get(running["active"])
-            return found
+            ports = dict(running["ports"])
+            first = [ports.pop(running["active"], None), *(ports.values() if running["standby"] else [])]
+            return next((found for found in first if found and self.engine.listener(found)), first[0])
         return None
 
     # what a release uses
@@ -64,8 +65,8 @@ class FakeProxy:
         return bool(self.load()["file"])
 
     @staticmethod
-    def wanted(settings: dict[str, Any], active: str, ports: dict[str, int]) -> dict[str, Any]:
-        return {"settings": settings, "active": active, "ports": ports}
+    def wanted(settings: dict[str, Any], active: str, ports: dict[str, int], standby: bool = False) -> dict[str, Any]:
+        return {"settings": settings, "active": active, "ports": ports, "standby": standby}
 
     def difference(self, settings: dict[str, Any], active: str, ports: dict[str, int]) -> str:
         state = self.load()
@@ -81,13 +82,15 @@ class FakeProxy:
 
     def switch(self, settings: dict[str, Any], active: str, ports: dict[str, int], standby: bool = False) -> None:
         self.calls.append("switch with standby" if standby else "switch")
-        self.put(settings, active, ports)
+        self.put(settings, active, ports, standby)
 
-    def put(self, settings: dict[str, Any], active: str, ports: dict[str, int], opening: bool = False) -> None:
+    def put(
+        self, settings: dict[str, Any], active: str, ports: dict[str, int], standby: bool = False, opening: bool = False
+    ) -> None:
         state = self.load()
         if state["error"]:
             raise ReleaseError("proxy", state["error"])
-        wanted = self.wanted(settings, active, ports)
+        wanted = self.wanted(settings, active, ports, standby)
         if state["file"] != wanted:
             state["file"] = wanted
             self.save(state)
@@ -108,15 +111,21 @@ class FakeProxy:
         self.save(state)
         self.after("proxy hold")
 
-    def counters(self, slot: str) -> Counters:
+    def counters(self, slot: str) -> dict[str, Counters] | None:
+        """A test sets those of one worker, those of several by their process ids, or None for no answer."""
         self.on_counters(slot)
-        return Counters(*self.load()["counters"].get(slot, [0, 0, 0]))
+        found = self.load()["counters"].get(slot, [0, 0, 0])
+        if found is None:
+            return None
+        workers = found if isinstance(found, dict) else {"1": found}
+        return {worker: Counters(*values) for worker, values in workers.items()}
 
     def cut(self, slot: str) -> None:
         self.calls.append("cut")
         self.set(counters={slot: [0, 0, 0]})
 
-    def remove(self) -> bool:
+    def remove(self, drain: bool = False) -> bool:
+        self.calls.append("remove and drain" if drain else "remove")
         state = self.load()
         there = bool(state["file"] or state["running"])
         if there:

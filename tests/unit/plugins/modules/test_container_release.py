@@ -235,10 +235,72 @@ def test_probe_and_listener_on_a_real_port() -> None:
     assert logic.probe_http("127.0.0.1", port, smoke, 2) is None
     assert (logic.listener("0.0.0.0", port) or "").startswith(f"process {os.getpid()} (")
     assert logic.listener("127.0.0.2", port) is None
+    import socket
+
+    with socket.create_connection(("127.0.0.1", port)):
+        assert len(logic.connections("/proc/self", port)) == 1
     server.shutdown()
     server.server_close()
+    assert logic.connections("/proc/self", port) == []
     assert "refused" in (logic.probe_http("127.0.0.1", port, health, 2) or "")
     assert logic.listener("0.0.0.0", port) is None
+
+
+def test_an_answer_that_never_ends_is_none() -> None:
+    import http.server
+    import threading
+    import time
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            for _event in range(30):  # each of them in time
+                self.wfile.write(b"data: still here\n\n")
+                time.sleep(0.1)
+
+        def log_message(self, *_arguments: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.handle_error = lambda *_arguments: None  # type: ignore[method-assign]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    began = time.monotonic()
+    health = logic.question_of({"path": "/events"})
+    assert logic.probe_http("127.0.0.1", server.server_address[1], health, 0.5) == "timed out"
+    assert time.monotonic() - began < 2
+    server.shutdown()
+    server.server_close()
+
+
+# -- an engine that hangs
+
+
+@pytest.mark.parametrize("code", [124, 137, -9])
+def test_a_docker_command_that_does_not_end_is_an_engine_that_is_down(code: int) -> None:
+    asked: list[list[str]] = []
+
+    def run(argv: Any) -> tuple[int, str, str]:
+        asked.append(list(argv))
+        return code, "", ""
+
+    docker = logic.Docker(run, "/usr/bin/timeout")
+    commands: list[Any] = [
+        docker.info, lambda: docker.containers(["x"]), lambda: docker.of_service("x"), lambda: docker.image("x"),
+        lambda: docker.create([]), lambda: docker.start("x"), lambda: docker.rename("x", "y"), lambda: docker.unpause("x"),
+        lambda: docker.remove("x"), lambda: docker.log("x", 9), lambda: docker.remove_image("x"),
+        lambda: docker.stop("x", 300), lambda: docker.restart("x", 300),
+    ]  # fmt: skip
+    for command in commands:
+        with pytest.raises(logic.ReleaseError) as caught:
+            command()
+        assert caught.value.reason == "engine_down"
+    assert all(words[0] == "/usr/bin/timeout" and words[3] == "docker" for words in asked)
+    assert all(int(words[2]) > 300 for words in asked[-2:]), "what may take its time is given it"
+    with pytest.raises(logic.ReleaseError) as caught:
+        docker.pull("x", 5)
+    assert caught.value.reason == "pull_timeout"
 
 
 # -- the module as Ansible runs it

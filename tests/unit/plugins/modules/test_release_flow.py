@@ -326,6 +326,12 @@ def test_a_slow_start_is_waited_for(world: World) -> None:
     assert world.record()["tag"] == "slow"
 
 
+def test_an_old_release_that_is_not_healthy_is_not_said_to_serve(world: World) -> None:
+    world.release(1)
+    world.change(behaviour="unhealthy")
+    assert "is not healthy (it answered 503, not 200)" in world.failing(3)[0].text
+
+
 def test_a_failing_first_release_leaves_nothing(world: World) -> None:
     error, done = world.failing(3)
     assert "nothing serves now" in error.text
@@ -348,7 +354,7 @@ def test_a_smoke_request_decides_too(world: World, monkeypatch: pytest.MonkeyPat
     error, _done = world.failing(2, smoke=smoke)
     assert error.reason == "unhealthy"
     assert "smoke request POST /v1/ping failed" in error.text
-    assert asked[-1].body == "{}"
+    assert [question.body for question in asked if question.path == "/v1/ping"] == ["{}"]
     monkeypatch.undo()
     world.expect_settled(ONE)
 
@@ -375,6 +381,67 @@ def test_requests_that_fail_lead_the_traffic_back(world: World) -> None:
     assert world.failing(2)[0].reason == "failed_before"
 
 
+def test_a_haproxy_that_does_not_answer_is_no_haproxy_without_requests(world: World) -> None:
+    """Neither in the watch, where what it had counted before would be new afterwards, nor where the old release ends."""
+    world.release(1)
+    world.release(2)
+    slot = world.record()["slot"]
+    answers = iter([None, None, [0, 100_000, 90_000], None, {"1": [0, 100_000, 90_000], "2": [0, 30, 0]}, None])
+    statuses: list[str] = []
+
+    def counters(asked: str) -> None:
+        if asked != slot:  # of the one that is watched
+            world.proxy.set(counters={asked: next(answers, None), slot: None})
+        else:
+            statuses.append(world.box(old)["status"])
+
+    old = world.record()["release"]
+    world.proxy.on_counters = counters
+    done = world.release(4)
+    assert any("30 requests in the time of its watch, 0 failed" in step for step in done.steps)
+    assert len(statuses) > 10
+    assert set(statuses) == {"running"}
+    assert any("HAProxy did not say how many requests were still being answered" in text for text in done.warnings)
+    world.expect_settled(FOUR)
+
+
+def test_an_engine_that_is_gone_keeps_nobody_at_what_fails(world: World) -> None:
+    world.release(1)
+
+    def counters(_slot: str) -> None:
+        if world.answering() == TWO:
+            world.engine.set(errors={"container inspect": PULL_ERRORS["engine_down"]})
+
+    world.proxy.on_counters = counters
+    error, _done = world.failing(2)
+    assert error.reason == "engine_down"
+    assert "has the traffic again" in error.text
+    assert world.answering() == ONE
+    assert world.state()["failed"] == [], "it was not the image"
+    world.engine.set(errors={})
+    world.release(4)
+    world.expect_settled(FOUR)
+
+
+@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), KeyError("State"), ValueError("no JSON")])
+def test_whatever_else_goes_wrong_is_taken_back_too(world: World, error: Exception) -> None:
+    world.release(1)
+    raised: list[Exception] = []
+
+    def counters(_slot: str) -> None:
+        if not raised and world.answering() == TWO:
+            raised.append(error)
+            raise error
+
+    world.proxy.on_counters = counters
+    failure, done = world.failing(2)
+    assert failure.reason == "unexpected"
+    assert type(error).__name__ in failure.text or str(error) in failure.text
+    assert done.action == "restored"
+    world.expect_settled(ONE)
+    assert world.state()["failed"] == [], "it was not the image"
+
+
 def test_few_requests_decide_nothing(world: World) -> None:
     world.release(1)
     world.proxy.on_counters = lambda slot: world.proxy.set(
@@ -397,6 +464,48 @@ def test_a_release_that_dies_with_traffic_on_it_is_taken_back(world: World, happ
     error, _done = world.failing(2, bake_time=10)
     assert error.reason == "bake"
     assert error.log_tail
+    world.expect_settled(ONE)
+
+
+def test_a_release_that_ends_while_it_is_watched_costs_no_request(world: World) -> None:
+    """Its port refuses what comes, which the one that stands by then answers; nothing starts it again meanwhile."""
+    world.release(1)
+    down: list[str] = []
+    policies: list[str] = []
+
+    def counters(_slot: str) -> None:
+        for name, box in world.engine.containers().items():
+            if box["labels"]["nemo.tag"] == TWO and box["status"] == "running" and world.answering() == TWO:
+                policies.append(box["policy"])
+                world.change(name, status="exited", exit=4)
+                assert world.answering() == ONE
+
+    def event(what: str) -> None:
+        if not world.answering():
+            down.append(what)
+
+    world.proxy.on_counters = counters
+    with pytest.raises(logic.ReleaseError, match="ended with status 4"):
+        world.act(world.releaser(world.params(2), event=event))
+    assert policies == ["no"]
+    assert down == []
+    world.expect_settled(ONE)
+
+
+def test_an_old_release_that_comes_back_on_another_port_is_led_to(world: World) -> None:
+    world.release(1)
+    port = world.record()["host_port"]
+    gone: list[Any] = []
+
+    def event(what: str) -> None:
+        state = world.engine.load()
+        if what == "docker container start" and not gone:  # of the new one
+            gone.append(state["containers"].pop(f"ai-prod.{world.state()['current']}"))
+            world.engine.save(state)
+
+    with pytest.raises(logic.ReleaseError, match="serves again"):
+        world.act(world.releaser(world.params(3), event=event))
+    assert world.record()["host_port"] != port
     world.expect_settled(ONE)
 
 
@@ -456,6 +565,19 @@ def test_a_foreign_platform_is_found_before_anything_is_started(world: World) ->
     assert "linux/arm64" in error.text
     assert "linux/amd64" in error.text
     world.expect_settled(ONE)
+
+
+@pytest.mark.parametrize("digest", [True, False])
+def test_a_foreign_platform_is_remembered(world: World, digest: bool) -> None:
+    world.release(1)
+    world.engine.push("arm", image(6, platform="arm64"))
+    values = {"tag": "arm", "digest": image(6)["digest"] if digest else None}
+    assert world.failing(None, **values)[0].reason == "platform"
+    world.engine.calls.clear()
+    assert world.failing(None, **values)[0].reason == "failed_before"
+    assert [call[0] for call in world.engine.calls].count("pull") == (0 if digest else 1)
+    world.expect_settled(ONE)
+    assert [entry["tag"] for entry in world.state()["failed"]] == ["arm"]
 
 
 def test_a_taken_port_names_its_holder(world: World) -> None:
@@ -736,6 +858,20 @@ def test_a_full_disk_is_refused_before_the_pull_and_old_images_go_first(world: W
     world.expect_settled(ONE)
 
 
+def test_a_full_disk_of_containerd_s_own_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.engine.set(storage=[["driver-type", "io.containerd.snapshotter.v1"]])
+    real = os.statvfs
+
+    def statvfs(path: str) -> Any:
+        return (
+            os.statvfs_result((4096, 4096, 9, 9, 1, 9, 9, 9, 0, 255)) if path == release_flow.CONTAINERD else real(path)
+        )
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    error, _done = world.failing(1, min_free_disk_mb=1)
+    assert (error.reason, release_flow.CONTAINERD in error.text) == ("no_space", True)
+
+
 def test_a_failing_commit_is_undone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.release(1)
     write = logic.Store.write
@@ -815,6 +951,27 @@ def test_rollback_to_a_named_release(world: World, by: str) -> None:
     assert not world.rollback(release=name).changed
 
 
+def test_rollback_to_a_tag_means_the_other_release_of_it(world: World) -> None:
+    world.release(1, memory="512m")
+    world.release(1)
+    assert world.rollback(release=ONE).changed
+    assert world.record()["settings"]["memory"] == 512 << 20
+    done = world.rollback(release=ONE)
+    assert not done.changed, "the other one was left"
+    assert any("answers already" in step for step in done.steps)
+
+
+@pytest.mark.parametrize("way", ["rollback", "release"])
+def test_the_way_out_does_not_wait_for_what_hangs(world: World, way: str) -> None:
+    world.release(1)
+    world.release(2, health_timeout=900)
+    world.change(status="exited", behaviour="unhealthy")
+    began = world.now
+    world.rollback() if way == "rollback" else world.release(4)
+    assert world.now - began < 60
+    world.expect_settled(ONE if way == "rollback" else FOUR)
+
+
 def test_rollback_takes_the_settings_and_secrets_of_then(world: World) -> None:
     world.release(1, environment={"A": "then"})
     world.release(1, environment={"A": "now"}, secrets={"TOKEN": "changed"})
@@ -867,6 +1024,41 @@ def test_the_site_leaves_a_newer_release_alone(world: World) -> None:
     world.expect_settled(ONE)
     world.release(2, intent="converge")
     world.expect_settled(TWO)
+
+
+def test_the_site_leaves_a_hotfix_outside_of_the_rule_alone(world: World) -> None:
+    world.engine.push("hotfix", image(6))
+    world.release(1, intent="converge")
+    world.release(None, tag="hotfix")
+    done = world.release(2, intent="converge")
+    assert not done.changed
+    assert f"which tester deployed and no rule compares with {TWO}" in done.kept
+    world.expect_settled("hotfix")
+    world.engine.push("hotfix-2", image(7))
+    assert world.release(None, tag="hotfix-2", intent="converge").changed, (
+        "somebody has written that into the inventory"
+    )
+
+
+def test_the_site_leaves_what_is_pinned_alone_though_the_registry_has_moved(world: World) -> None:
+    world.release(1, pin=True)
+    done = world.release(2, intent="converge", image="elsewhere/ai")
+    assert not done.changed
+    assert "is pinned to" in done.kept
+    world.expect_settled(ONE)
+
+
+def test_the_site_keeps_what_runs_where_the_newest_has_failed(world: World) -> None:
+    world.release(1, intent="converge")
+    assert world.failing(3, intent="converge")[0].reason == "unhealthy"
+    for check_mode in (True, False):
+        done = world.act(world.releaser(world.params(3, intent="converge"), check_mode=check_mode))
+        assert (done.changed, done.action) == (False, "none")
+        assert f"runs {ONE}, and {BROKEN} is not tried again" in done.kept
+        assert done.warnings == [done.kept]
+    assert world.failing(3)[0].reason == "failed_before"
+    world.change(behaviour="unhealthy")
+    assert world.failing(3, intent="converge")[0].reason == "failed_before", "what runs is nothing to keep"
 
 
 def test_the_site_goes_where_the_registry_goes_with_what_it_released_itself(world: World) -> None:
@@ -939,12 +1131,60 @@ def test_a_move_that_fails_with_traffic_on_it_is_taken_back(world: World) -> Non
 
 
 def test_a_container_of_other_origin_is_moved_from(world: World) -> None:
-    world.engine.container("ai-prod", port=PORT)
+    world.engine.container("ai-prod", port=PORT, policy="always")
     world.failing(3)
     assert world.answering() == "other"
-    world.release(1)
+    done = world.release(1)
     world.expect_settled(ONE)
     assert world.kept() == [ONE]
+    aside = world.engine.containers()["ai-prod.before"]
+    assert (aside["status"], aside["policy"]) == ("exited", "no")
+    assert any("is kept, stopped, as ai-prod.before" in text for text in done.warnings)
+    assert not world.release(1).changed
+    assert "ai-prod.before" in world.engine.containers()
+    world.release(2)
+    assert "ai-prod.before" not in world.engine.containers()
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_move_goes_back_without_a_gap(world: World, foreign: bool) -> None:
+    world.engine.container("ai-prod", port=PORT) if foreign else world.old_container(1)
+    errs_with_traffic_on_it(world)
+    down: list[str] = []
+
+    def event(what: str) -> None:
+        if world.answering() is None:
+            down.append(what)
+
+    with pytest.raises(logic.ReleaseError, match="requests failed"):
+        world.act(world.releaser(world.params(3), event=event))
+    assert down == []
+    assert world.proxy.calls[-1] == "remove and drain"
+    assert world.answering() == ("other" if foreign else ONE)
+    assert world.proxy.load()["detour"] is None
+    assert list(world.engine.containers()) == ["ai-prod"]
+
+
+def test_connections_of_the_old_container_are_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.old_container(1)
+    left, seen = [3, 3, 2, 0], []
+
+    def connections(_process: str, port: int) -> list[str]:
+        seen.append((port, world.proxy.load()["detour"] is not None, world.engine.containers()["ai-prod"]["status"]))
+        return ["x"] * left.pop(0)
+
+    monkeypatch.setattr(release_flow, "connections", connections)
+    assert world.release(2).warnings == []
+    assert seen == [(PORT, True, "running")] * 4
+    world.expect_settled(TWO)
+
+
+def test_connections_that_do_not_end_are_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.old_container(1)
+    monkeypatch.setattr(release_flow, "connections", lambda _process, _port: ["x"])
+    assert any(
+        "1 connections to the old container were still open after 5 s" in text for text in world.release(2).warnings
+    )
 
 
 @pytest.mark.parametrize("strategy", ["beside", "stop-start"])
@@ -954,6 +1194,24 @@ def test_a_move_by_either_strategy(world: World, strategy: str) -> None:
     assert world.answering() == ONE
     world.release(2, strategy=strategy)
     world.expect_settled(TWO)
+
+
+def test_an_old_container_that_made_room_is_back_as_it_was(world: World) -> None:
+    """It comes back after a reboot while the new one is not proven; and it has room again when that one fails."""
+    world.old_container(1, policy="on-failure")
+    world.engine.set(single=True)
+    policies: set[str] = set()
+
+    def event(_what: str) -> None:
+        boxes = world.engine.containers()
+        if boxes["ai-prod"]["status"] == "exited" and world.answering() is None:
+            policies.update(f"{name.partition('.')[0]}{len(name) > 7} {box['policy']}" for name, box in boxes.items())
+
+    with pytest.raises(logic.ReleaseError, match="serves"):
+        world.act(world.releaser(world.params(3, strategy="stop-start"), event=event))
+    assert policies == {"ai-prodFalse always", "ai-prodTrue no"}
+    assert world.answering() == ONE
+    assert world.engine.containers()["ai-prod"]["policy"] == "on-failure"
 
 
 # -- a host that is not as the last run left it
@@ -1096,6 +1354,23 @@ def before_a_rollback(world: World, **values: Any) -> None:
     world.release(1, **values)
 
 
+def errs_with_traffic_on_it(world: World) -> None:
+    """The broken release is healthy until it has users."""
+    world.engine.push(BROKEN, image(3))
+
+    def counters(slot: str) -> None:
+        if world.answering() == BROKEN:
+            current, total, errors = world.proxy.load()["counters"].get(slot) or [0, 100, 7]
+            world.proxy.set(counters={slot: [current, total + 50, errors + 10]})
+
+    world.proxy.on_counters = counters
+
+
+def before_a_move_back(world: World) -> None:
+    world.old_container(1)
+    errs_with_traffic_on_it(world)
+
+
 SCENARIOS: dict[str, tuple[Callable[[World], object], int, str]] = {
     "first": (lambda world: None, 1, "beside"),
     "first failing": (lambda world: None, 3, "beside"),
@@ -1105,6 +1380,9 @@ SCENARIOS: dict[str, tuple[Callable[[World], object], int, str]] = {
     "rolling back": (before_a_rollback, ROLLBACK, "beside"),
     "moving": (lambda world: world.old_container(1), 2, "beside"),
     "moving failing": (lambda world: world.old_container(1), 3, "beside"),
+    "moving and back": (before_a_move_back, 3, "beside"),
+    "moving by turns": (lambda world: world.old_container(1), 2, "stop-start"),
+    "moving by turns failing": (lambda world: world.old_container(1), 3, "stop-start"),
     "stopping first": (lambda world: world.release(1), 2, "stop-start"),
     "stopping first failing": (lambda world: world.release(1), 3, "stop-start"),
     "taking turns back": (lambda world: before_a_rollback(world, **AT_ONCE), ROLLBACK, "stop-start"),
@@ -1223,8 +1501,15 @@ def test_after_a_kill_at_any_step_the_next_run_ends_well(tmp_path: Path, scenari
     assert {entry["policy"] for entry in world.engine.containers().values()} == {"unless-stopped"}
 
 
-@pytest.mark.parametrize("scenario", [name for name, (_s, _n, strategy) in SCENARIOS.items() if strategy != "beside"])
-def test_a_reboot_in_the_middle_of_taking_turns_brings_back_what_answers(tmp_path: Path, scenario: str) -> None:
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        name
+        for name, (_s, _n, strategy) in SCENARIOS.items()
+        if strategy != "beside" or name in ("replacing", "rolling back")
+    ],
+)
+def test_a_reboot_in_the_middle_brings_back_what_answers(tmp_path: Path, scenario: str) -> None:
     _start, number, strategy = SCENARIOS[scenario]
     down: list[str] = []
     for at in [at for name, at in points() if name == scenario]:
@@ -1232,7 +1517,7 @@ def test_a_reboot_in_the_middle_of_taking_turns_brings_back_what_answers(tmp_pat
         path.mkdir()
         world = prepare(path, scenario)
         before = world.answering()
-        world.engine.set(single=True)
+        world.engine.set(single=strategy == "stop-start")
         what = with_kill(world, number, at, strategy)
         world.engine.restart()
         world.proxy.kill()

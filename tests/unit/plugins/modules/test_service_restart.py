@@ -53,7 +53,7 @@ class Host:
             self.restarts = 0
         if words.startswith("docker container logs"):
             return 0, "it said\n", "why\n"
-        if words.startswith("docker ps"):
+        if words.startswith("docker container ls"):
             return 0, BOX + "\nother.r1\n" if self.there else "", ""
         if "LoadState" in words:
             return 0, f"LoadState={self.load_state}\n", ""
@@ -163,6 +163,16 @@ def test_a_unit_waits_for_a_release_that_is_at_work(tmp_path: Path) -> None:
         host.restarter().unit("docker")
     assert "systemctl restart docker.service" not in host.asked
     lock.release()
+
+
+def test_who_waits_for_the_restart_of_a_unit_is_told_so(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    host.restarter().unit("nginx")
+    from ansible_collections.nemo.platform.plugins.module_utils.container_release import Lock
+
+    lock = Lock(str(tmp_path / "run/ai.lock"))
+    assert not lock.try_acquire()
+    assert "releasing a restart of nginx.service" in lock.holder()
 
 
 def test_a_unit_that_fails_or_is_not_there(tmp_path: Path) -> None:
