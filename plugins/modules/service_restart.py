@@ -110,6 +110,12 @@ class Service(NamedTuple):
     box: Container
 
 
+def sign(lock: Lock) -> None:
+    """Say to those who wait who holds it."""
+    by = os.environ.get("SUDO_USER") or "root"
+    lock.sign({"by": by, "since": release.utc_now(), "pid": os.getpid(), "what": "a restart"})
+
+
 class Restarter:
     """One restart."""
 
@@ -222,6 +228,7 @@ class Restarter:
         for lock, service in zip(locks, running):
             if not lock.acquire(self.params["lock_timeout"]):  # held until this process ends
                 raise ReleaseError("lock", f"another run is at work on {service.name}: {lock.holder()}")
+            sign(lock)
         started = self.clock()
         # A unit that was restarted often is refused by systemd for a while, unless its count is reset.
         self.systemctl("reset-failed", unit)
@@ -289,8 +296,7 @@ def main() -> None:
             restarter.find(name)  # before the lock's file is made for a service that is not here
             if not lock.acquire(params["lock_timeout"]):
                 raise ReleaseError("lock", f"another run is at work on {name}: {lock.holder()}")
-            by = os.environ.get("SUDO_USER") or "root"
-            lock.sign({"by": by, "since": release.utc_now(), "pid": os.getpid(), "what": "a restart"})
+            sign(lock)
         module.exit_json(**restarter.container(name))
     except (ReleaseError, OSError) as error:
         text = error.text if isinstance(error, ReleaseError) else str(error)

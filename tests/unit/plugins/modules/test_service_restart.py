@@ -165,6 +165,17 @@ def test_a_unit_waits_for_a_release_that_is_at_work(tmp_path: Path) -> None:
     lock.release()
 
 
+def test_who_restarts_a_unit_is_told_to_those_who_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ansible_collections.nemo.platform.plugins.module_utils.container_release import Lock
+
+    monkeypatch.setenv("SUDO_USER", "alice")
+    host = Host(tmp_path)
+    host.restarter().unit("docker")
+    waiting = Lock(str(tmp_path / "run/ai.lock"))
+    assert not waiting.try_acquire()
+    assert waiting.holder().startswith("alice since")
+
+
 def test_a_unit_that_fails_or_is_not_there(tmp_path: Path) -> None:
     host = Host(tmp_path)
     host.unit_state = "failed"
