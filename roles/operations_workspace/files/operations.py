@@ -49,7 +49,7 @@ MASK = "********"
 # What the playbooks are asked to do: the log is there to tell it. Every other variable may be a secret.
 SHOWN = {
     "batch", "command", "digest", "follow", "follow_for", "follow_report", "force", "grep", "group", "lines",
-    "max_fail_percentage", "pin", "release", "service", "since", "tag", "unit", "verify_only",
+    "max_fail_percentage", "pin", "release", "service", "since", "strategy", "tag", "unit", "verify_only",
 }  # fmt: skip
 # -e, also behind options without a value (-be, -vve), also with its value glued on.
 VARIABLES = re.compile(r"(-[bCDhJkKov]*e=?)(.*)", re.DOTALL)
