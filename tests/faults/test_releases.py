@@ -741,7 +741,9 @@ def kill(platform: Platform, kind: str, delay: float) -> bool:
     if pids:
         platform.on(platform.service, f"kill -9 {' '.join(pids)}", check=False)
         process.kill()
-    process.communicate(timeout=300)
+        process.wait()
+    else:
+        process.communicate(timeout=300)
     return bool(pids)
 
 
