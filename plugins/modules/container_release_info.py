@@ -74,6 +74,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nemo.platform.plugins.module_utils.container_release import (
     Lock,
     Record,
+    ReleaseError,
     Store,
     probe_http,
     question_of,
@@ -146,7 +147,10 @@ def main() -> None:
         names = [name] if name else sorted(entry for entry in os.listdir(path) if not entry.startswith("."))
     except FileNotFoundError:
         names = []
-    found = [service(Store(entry, path, run), entry) for entry in names]
+    try:
+        found = [service(Store(entry, path, run), entry) for entry in names]
+    except ReleaseError as error:
+        module.fail_json(msg="%s. %s" % (error.text, error.advice))
     module.exit_json(changed=False, services=[entry for entry in found if entry])
 
 

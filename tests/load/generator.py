@@ -6,7 +6,8 @@ on any host:  python3 generator.py --url http://10.0.2.31:8000 --seconds 60 --ke
 
 It prints one JSON object: how many requests of each kind, how many failed and how, the latencies, and which releases
 answered when. A connection that the server closed between two requests is no failure of a request (HTTP allows it,
-and says so with ``Connection: close``); one that it closed after the request was sent is one.
+and says so with ``Connection: close``); one that it closed after the request was sent is one. So is every status but 200,
+unless the answer is the application's own error (``--own-error``, a text in its body), which is counted by itself.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Outcome:
         self.done: collections.Counter[str] = collections.Counter()
         self.failed: collections.Counter[str] = collections.Counter()
         self.first_failures: list[str] = []
+        self.failed_from = self.failed_until = 0.0  # when the first and the last request that failed were begun
+        self.own_errors = 0
         self.reconnects = 0
         self.latencies: dict[str, list[float]] = collections.defaultdict(list)
         self.releases: dict[str, list[float]] = {}
@@ -50,7 +53,9 @@ class Outcome:
         seen = self.releases.setdefault(release, [now, now, 0])
         seen[1], seen[2] = now, seen[2] + 1
 
-    def bad(self, kind: str, error: BaseException) -> None:
+    def bad(self, kind: str, error: BaseException, began: float) -> None:
+        self.failed_from = min(self.failed_from or began, began)
+        self.failed_until = max(self.failed_until, began)
         text = f"{kind}: {type(error).__name__} {error}"[:200]
         self.failed[text] += 1
         if len(self.first_failures) < 20:
@@ -67,8 +72,12 @@ class Outcome:
             shown[kind]["max"] = round(1000 * values[-1], 2)
         return {
             "seconds": round(time.time() - self.begun, 1),
-            "requests": sum(self.done.values()) + sum(self.failed.values()),
+            "requests": sum(self.done.values()) + sum(self.failed.values()) + self.own_errors,
             "failed": sum(self.failed.values()),
+            "begun": self.begun,
+            "failed_from": self.failed_from,
+            "failed_until": self.failed_until,
+            "own_errors": self.own_errors,
             "by_kind": dict(self.done),
             "failures": dict(self.failed),
             "first_failures": self.first_failures,
@@ -126,7 +135,7 @@ async def client(kind: str, target: argparse.Namespace, outcome: Outcome, stop: 
     count = 0
     while not stop.is_set():
         count += 1
-        began = time.monotonic()
+        began, at = time.monotonic(), time.time()
         try:
             async with asyncio.timeout(LIMIT):
                 if not connection.usable:
@@ -141,12 +150,15 @@ async def client(kind: str, target: argparse.Namespace, outcome: Outcome, stop: 
                 else:
                     wanted = ("GET", target.path, b"")
                 status, content = await connection.request(*wanted, keep=kind != "new")
-            if status != 200:
+            if status != 200 and target.own_error and target.own_error.encode() in content:
+                outcome.own_errors += 1
+            elif status != 200:
                 raise Failure(f"{wanted[0]} was answered {status}: {content[:60]!r}")
-            answer = json.loads(content)
-            outcome.good(kind, time.monotonic() - began, str(answer.get("tag", "-")))
+            else:
+                answer = json.loads(content)
+                outcome.good(kind, time.monotonic() - began, str(answer.get("tag", "-")))
         except Exception as error:
-            outcome.bad(kind, error)
+            outcome.bad(kind, error, at)
             connection.close()
             await asyncio.sleep(0.05)
         if target.pause:
@@ -163,8 +175,10 @@ async def run(target: argparse.Namespace) -> Outcome:
     kinds = ["keep"] * target.keep + ["new"] * target.new + ["slow"] * target.slow
     over = asyncio.Event()
     tasks = [asyncio.create_task(client(kind, target, outcome, over, at)) for at, kind in enumerate(kinds)]
-    limit = time.monotonic() + target.seconds
-    while sum(outcome.done.values()) < target.requests or (not stop.is_set() and time.monotonic() < limit):
+    begun = time.monotonic()
+    while (passed := time.monotonic() - begun) < target.most:
+        if sum(outcome.done.values()) >= target.requests and (stop.is_set() or passed >= target.seconds):
+            break
         await asyncio.sleep(0.05)
     over.set()
     await asyncio.gather(*tasks)
@@ -179,6 +193,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--slow-seconds", default="4")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--requests", type=int, default=0, help="do not end before so many were answered")
+    parser.add_argument(
+        "--most", type=float, default=3000, help="seconds after which it ends, however few were answered"
+    )
+    parser.add_argument("--own-error", default="", help="text of the application's own errors; they are no failures")
     parser.add_argument("--keep", type=int, default=8, help="clients that keep their connection")
     parser.add_argument("--new", type=int, default=4, help="clients that make a connection for each request")
     parser.add_argument("--slow", type=int, default=2, help="clients whose answers take seconds")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ansible_collections.nemo.platform.plugins.module_utils.release_flow import TO_REMEMBER
 from tests.unit.helpers import ROOT
 
 PROGRAM = ROOT / "roles/release_follower/files/follow.py"
@@ -22,6 +23,8 @@ import json, pathlib, sys, time
 folder = pathlib.Path(__file__).parent
 with (folder / "asked").open("a") as asked:
     asked.write(" ".join(sys.argv[1:]) + "\\n")
+if sys.argv[1] != "follow.yml":
+    sys.exit((folder / "deaf").exists())
 told = json.loads((folder / "told").read_text())
 if told["report"] is not None:
     pathlib.Path(sys.argv[-1].partition("=")[2]).write_text(json.dumps(told["report"]))
@@ -101,19 +104,60 @@ def test_releases_that_fail_in_a_row_stop_it(follower: Follower) -> None:
         assert BAD in follower("run", code=1)
     follower.tell(report=NOTHING)
     assert "STOPPED" in follower("run"), "it is a state, and no failure any more"
-    assert len(follower.asked) == 3
+    state = follower.states / "ai-dev.json"
+    assert follower.asked[3:] == [f"includes/follow_stopped.yml -e service=ai-dev -e follow_state={state}"]
     text = follower()
     assert "STOPPED since" in text
     assert "3 releases in a row failed (dev-2, dev-2, dev-2); the last one: ai-dev: registry/ai:dev-2 failed" in text
     assert "nemo-follow resume ai-dev" in text
     assert "follows its registry again" in follower("resume", "ai-dev")
     follower("run")
-    assert len(follower.asked) == 4
+    assert len(follower.asked) == 5
+
+
+def test_a_webhook_that_hears_nothing_stops_it_all_the_same(follower: Follower) -> None:
+    (follower.folder / "deaf").touch()
+    follower.settings("ai-dev", failures=1)
+    follower.tell(code=2, report=NEWER, say=(BAD,))
+    assert "the webhook was not told" in follower("run", code=1)
+    assert "stopped" in follower.state()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[ERROR]: Task failed: Module failed: ai-dev: registry/ai:dev-2 failed [registry_unreachable]: no route.",
+        "[ERROR]: Task failed: Module failed: ai-dev: registry/ai:dev-2 failed [lock]: another run is at work.",
+        "[ERROR]: Task failed: Failed to connect to the host via ssh: timed out",
+    ],
+)
+def test_what_no_image_did_does_not_count(follower: Follower, line: str) -> None:
+    follower.tell(code=2, report=NEWER, say=(line,))
+    for _ in range(4):
+        follower("run", code=1)
+    state = follower.state()
+    assert "stopped" not in state
+    assert not state.get("failures")
+    assert "dev-2 COULD NOT BE RELEASED" in state["text"]
+
+
+def test_what_an_image_did_counts_beside_a_host_that_is_away(follower: Follower) -> None:
+    follower.tell(code=2, report=NEWER, say=("[ERROR]: Task failed: Failed to connect to the host via ssh", BAD))
+    follower("run", code=1)
+    assert len(follower.state()["failures"]) == 1
+
+
+def test_what_counts_is_what_a_host_remembers(follower: Follower) -> None:
+    for reason in TO_REMEMBER:
+        follower.tell(code=2, report=NEWER, say=(BAD.replace("unhealthy", reason),))
+        follower("resume", "ai-dev")
+        follower("run", code=1)
+        assert len(follower.state()["failures"]) == 1, reason
 
 
 def test_a_release_that_works_forgets_failures_and_a_look_does_not(follower: Follower) -> None:
     for report, code, failures in ((NEWER, 2, 1), (NOTHING, 0, 1), (NEWER, 2, 2), (NEWER, 0, 0), (NEWER, 2, 1)):
-        follower.tell(code=code, report=report)
+        follower.tell(code=code, report=report, say=(BAD,) if code else ())
         follower("run", code=1 if code else 0)
         assert len(follower.state().get("failures", [])) == failures
 

@@ -156,3 +156,13 @@ def test_ai_api_names_a_registry_that_is_not_ecr(tmp_path: Path, registry: objec
     )  # fmt: skip
     assert done.returncode != 0
     assert f"ai_api_registry is {names}; allowed: a name such as" in done.stdout, done.stdout + done.stderr
+
+
+def test_what_a_service_of_ai_api_may_say_reaches_its_release() -> None:
+    role = ROOT / "roles/ai_api"
+    service = options(role)["ai_api_services"]["options"]
+    passed = (role / "tasks/release.yml").read_text()
+    # of the inventory, or of the image, which is found before
+    elsewhere = {"group", "hosts", "follow", "tag_prefix", "tag_pattern", "tag_outside_rule"}
+    assert {name for name in service if f"__ai_api_service.{name}" not in passed} == elsewhere
+    assert {"health_status", "bake_error_percent", "network", "proxy_retry_after", "proxy_check"} < set(service)

@@ -152,9 +152,7 @@ def test_inventory_elsewhere(bastion: Bastion) -> None:
 
 
 # Of all playbooks, as none is named.
-ALL_VARIABLES = (
-    "batch= command= digest= follow= follow_for= force= grep= group= lines= pin= release= service= since= tag= unit="
-)
+ALL_VARIABLES = "batch= command= digest= follow= follow_for= force= grep= group= lines= pin= release= service= since= strategy= tag= unit="
 
 
 @pytest.mark.parametrize(

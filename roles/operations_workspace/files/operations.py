@@ -48,8 +48,8 @@ SECRET = re.compile(
 MASK = "********"
 # What the playbooks are asked to do: the log is there to tell it. Every other variable may be a secret.
 SHOWN = {
-    "batch", "command", "digest", "follow", "follow_for", "follow_report", "force", "grep", "group", "lines",
-    "max_fail_percentage", "pin", "release", "service", "since", "tag", "unit", "verify_only",
+    "batch", "command", "digest", "follow", "follow_for", "follow_report", "follow_state", "force", "grep", "group", "lines",
+    "max_fail_percentage", "pin", "release", "service", "since", "strategy", "tag", "unit", "verify_only",
 }  # fmt: skip
 # -e, also behind options without a value (-be, -vve), also with its value glued on.
 VARIABLES = re.compile(r"(-[bCDhJkKov]*e=?)(.*)", re.DOTALL)

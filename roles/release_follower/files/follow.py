@@ -5,8 +5,8 @@ stop SERVICE WHY   nothing is released by itself any more, until somebody says r
 resume SERVICE     it follows again, and its failures are forgotten
 run                what nemo-follow.timer starts: playbooks/follow.yml for each service, one after the other
 
-A service that has failed too often in a row is stopped. Only releases that were tried count: a host or a registry that cannot be
-asked is asked again the next time. Standard library only.
+A service that has failed too often in a row is stopped, and the releases' webhook is told. Only what an image did counts: a host,
+a registry or a disk that is in the way is tried again the next time. Standard library only.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ LOCKED_OUT = 75  # of the callback operations: an operator works on the hosts
 LONGEST_TEXT = 500
 # What follow.yml fails with, as ansible-core says it.
 ERROR = re.compile(r"^\[ERROR\]: (?:Task failed: )?(?:Module failed: |Action failed: )?(.*)")
+# What lies with the image and its settings, as container_release names it (release_flow.TO_REMEMBER).
+OF_THE_IMAGE = re.compile(r" failed \[(?:unhealthy|start|bake|platform)\]: ")
 
 
 class Refused(Exception):
@@ -127,9 +129,21 @@ def to_release(report: pathlib.Path) -> bool:
 def reason_of(lines: list[str]) -> str:
     """The one line that says what went wrong."""
     found = [match[1] for line in lines if (match := ERROR.match(line))]
+    found.sort(key=lambda line: not OF_THE_IMAGE.search(line))
     return (found[0] if found else next((line for line in reversed(lines) if line.strip()), "it said nothing"))[
         :LONGEST_TEXT
     ]
+
+
+def announce(service: str) -> None:
+    """The webhook of the releases hears that it is stopped; where that fails, the state says it all the same."""
+    command = [PLAYBOOK, "includes/follow_stopped.yml", "-e", f"service={service}"]
+    done = subprocess.run(
+        [*command, "-e", f"follow_state={STATES / f'{service}.json'}"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+    )  # fmt: skip
+    if done.returncode:
+        print(f"{done.stdout}\n{service}: the webhook was not told", flush=True)
 
 
 def follow(service: str, limit: int) -> bool:
@@ -142,6 +156,7 @@ def follow(service: str, limit: int) -> bool:
     report.unlink(missing_ok=True)
     code, lines = play(service, report)
     said = reported(report)
+    given_up = False
     last = {"at": now(), "tag": said.get("tag", ""), "result": "nothing", "text": said.get("why", "")}
     with alone(service):
         state = read(service)  # somebody may have stopped it meanwhile
@@ -149,6 +164,8 @@ def follow(service: str, limit: int) -> bool:
             last.update(result="locked", text=reason_of(lines))
         elif code and not said.get("hosts"):
             last.update(result="unable", text=reason_of(lines))
+        elif code and not OF_THE_IMAGE.search(reason_of(lines)):
+            last.update(result="hindered", text=reason_of(lines))
         elif code:
             last.update(result="failed", text=reason_of(lines))
             state["failures"] = [
@@ -159,12 +176,15 @@ def follow(service: str, limit: int) -> bool:
                 tags = ", ".join(str(failure["tag"]) for failure in state["failures"])
                 why = f"{len(state['failures'])} releases in a row failed ({tags}); the last one: {last['text']}"
                 state["stopped"] = {"since": now(), "by": "nemo-follow", "why": why}
+                given_up = True
         elif said.get("hosts"):
             last.update(result="released")
             state["failures"] = []
             state["released"] = {"at": last["at"], "tag": last["tag"]}
         state["last"] = last
         write(service, state)
+    if given_up:
+        announce(service)
     print(f"{service}: {text_of(state)}", flush=True)
     return last["result"] in ("nothing", "released", "locked")
 
@@ -186,7 +206,8 @@ def text_of(state: dict[str, Any]) -> str:
     if not last:
         return "it was not looked at yet"
     what = {"nothing": "nothing to release", "released": f"released {last['tag']}", "failed": f"{last['tag']} FAILED",
-            "locked": "an operator's run was in the way", "unable": "CANNOT LOOK"}  # fmt: skip
+            "locked": "an operator's run was in the way", "unable": "CANNOT LOOK",
+            "hindered": f"{last['tag']} COULD NOT BE RELEASED"}  # fmt: skip
     text = f"{what.get(last['result'], last['result'])} at {last['at']}: {last['text']}"
     return f"{text} (failed in a row: {len(failures)})" if failures and last["result"] != "failed" else text
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from ansible_collections.nemo.platform.plugins.filter.rollback_plan import rollback_plan
 from ansible_collections.nemo.platform.plugins.module_utils import container_release as logic
 from ansible_collections.nemo.platform.plugins.modules import container_release_info as module
+from tests.unit.helpers import ROOT
 from tests.unit.plugins.modules.release_world import TAGS, World
 
 
@@ -37,6 +42,27 @@ def test_what_runs_what_is_kept_and_what_failed(world: World) -> None:
     assert [(entry["tag"], entry["reason"]) for entry in found["failed"]] == [(TAGS[3], "unhealthy")]
     assert [entry["result"] for entry in found["history"]] == ["failed", "ok", "ok"]
     assert found["under_way"] == found["pinned"] == ""
+
+
+def test_where_a_rollback_goes(world: World) -> None:
+    world.release(1)
+    world.release(2)
+    found = look(world)
+    assert rollback_plan({"host": [found]}) == {"problem": "", "releases": {"host": found["kept"][0]["release"]}}
+    world.failing(3)
+    assert f"the last release on host, of {TAGS[3]}, failed at" in rollback_plan({"host": [look(world)]})["problem"]
+    assert rollback_plan({"host": [look(world)]}, TAGS[1]) == {"problem": "", "releases": {"host": TAGS[1]}}
+
+
+def test_a_state_that_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ai-prod").mkdir()
+    (tmp_path / "ai-prod/state.json").write_text('{"form')
+    arguments = {"ANSIBLE_MODULE_ARGS": {"state_path": str(tmp_path), "run_path": str(tmp_path / "run")}}
+    done = subprocess.run(
+        [sys.executable, "-m", module.__name__], input=json.dumps(arguments), cwd=ROOT / "collections", capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert f"{tmp_path}/ai-prod/state.json cannot be read" in json.loads(done.stdout)["msg"]
 
 
 def test_a_rollback_is_said_to_be_one(world: World) -> None:

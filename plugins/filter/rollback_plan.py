@@ -1,0 +1,111 @@
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Where a rollback goes: to one image on all hosts, or nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+DOCUMENTATION = r"""
+name: rollback_plan
+short_description: Which release each host of a service goes back to, the same image everywhere
+version_added: 0.2.0
+author: The nemo platform project (@nemo-platform)
+description:
+  - Puts what the hosts of a service run and have kept beside each other, so that a rollback sends no two of them to different images.
+  - Without a name it is the release before. That is refused where the hosts do not run one image, do not have the same one to go back
+    to, are in the middle of a release, or have just taken a failed one back by themselves.
+options:
+  _input:
+    description: Name of each host to what M(nemo.platform.container_release_info) returned for it as C(services).
+    type: dict
+    required: true
+  release:
+    description: Id, tag or digest of a kept release; empty for the release before.
+    type: str
+    default: ""
+"""
+
+EXAMPLES = r"""
+- name: One target for all
+  ansible.builtin.debug:
+    msg: "{{ {'one': what_runs.services} | nemo.platform.rollback_plan }}"
+    # {"problem": "", "releases": {"one": "20250718T014102Z-5f3a9c"}}
+"""
+
+RETURN = r"""
+_value:
+  description: Why there is no rollback as C(problem), empty where there is one; name of each host to what it goes back to as C(releases).
+  type: dict
+"""
+
+NAME_IT = "to go back all the same, name the release that all of them get: -e release=TAG"
+
+
+def image_of(entry: Mapping[str, Any]) -> str:
+    """A release in words that are the same on all hosts."""
+    return f"{entry['tag']} ({entry['digest'][:19]})" if entry.get("tag") else "nothing"
+
+
+def by_host(said: Mapping[str, str]) -> str:
+    return ", ".join(f"{text} on {host}" for host, text in sorted(said.items()))
+
+
+def problem_before(services: Mapping[str, Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]) -> str:
+    """Why going back to the release before is not what anybody can want."""
+    for host, service in sorted(services.items()):
+        if service.get("under_way"):
+            return f"a release is under way on {host}: {service['under_way']}"
+    running = {host: image_of(service) for host, service in services.items()}
+    if len(set(running.values())) > 1:
+        return f"its hosts do not run one release: {by_host(running)}"
+    for host, service in sorted(services.items()):
+        last = (service.get("history") or [{}])[0]
+        if last.get("result") == "failed":
+            text = "the last %s on %s, of %s, failed at %s and was taken back by itself: %s serves"
+            return text % (last["kind"], host, last["tag"], last["at"], service["tag"] or "nothing")
+    behind = {host: image_of(entry) for host, entry in before.items()}
+    if len(set(behind.values())) > 1:
+        return f"its hosts have not the same release to go back to: {by_host(behind)}"
+    return ""
+
+
+def rollback_plan(found: Mapping[str, Sequence[Mapping[str, Any]]], release: str = "") -> dict[str, Any]:
+    """Return the problem, or what each host goes back to."""
+    services = {host: entries[0] if entries else {} for host, entries in found.items()}
+    if not release:
+        before: dict[str, Mapping[str, Any]] = {
+            host: next((entry for entry in service.get("kept") or [] if not entry["left"]), {})
+            for host, service in services.items()
+        }
+        problem = problem_before(services, before)
+        problem = f"{problem}; {NAME_IT}" if problem else ""
+        return {"problem": problem, "releases": {host: entry.get("release", "") for host, entry in before.items()}}
+    named = {
+        host: [
+            entry
+            for entry in [service, *(service.get("kept") or [])]
+            if release in (entry.get("release"), entry.get("tag"), entry.get("digest"))
+        ]
+        for host, service in services.items()
+    }
+    without = {
+        host: ", ".join(image_of(entry) for entry in service.get("kept") or []) or "none"
+        for host, service in services.items()
+        # the release that a killed run began is known to the module alone
+        if not named[host] and not service.get("under_way")
+    }
+    problem = f"release {release} is not on all of its hosts; kept are: {by_host(without)}" if without else ""
+    digests = {entry["digest"] for entries in named.values() for entry in entries}
+    if len(digests) > 1:
+        problem = f"{release} is more than one image; name its digest: {', '.join(sorted(digests))}"
+    return {"problem": problem, "releases": dict.fromkeys(services, release)}
+
+
+class FilterModule:
+    """The filters of this file."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Name and function of each filter."""
+        return {"rollback_plan": rollback_plan}

@@ -1,0 +1,84 @@
+"""A rollback sends all hosts to one image, or none anywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ansible_collections.nemo.platform.plugins.filter.rollback_plan import rollback_plan
+
+A, B, C = ({"tag": f"prod-2026010{day}-0001", "digest": f"sha256:{day}"} for day in (1, 2, 3))
+
+
+def runs(host: str, current: dict[str, str], *kept: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
+    """What a host says; the ids of its releases are its own."""
+    entries = [{"left": False, **entry, "release": f"{host} {entry['tag']}"} for entry in kept]
+    return [
+        {
+            **current, "release": f"{host} {current['tag']}", "kept": entries, "under_way": "",
+            "history": [{"result": "ok"}, {"result": "failed"}], **more,
+        }
+    ]  # fmt: skip
+
+
+def test_the_release_before_by_the_id_that_each_host_has_for_it() -> None:
+    plan = rollback_plan({"one": runs("one", C, {**B, "left": True}, A), "two": runs("two", C, A, B)})
+    assert plan == {"problem": "", "releases": {"one": f"one {A['tag']}", "two": f"two {A['tag']}"}}
+
+
+FAILED = {"history": [{"result": "failed", "kind": "release", "tag": "prod-x", "at": "then"}]}
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        pytest.param(
+            {"one": runs("one", B, A), "two": runs("two", A, C)},
+            f"do not run one release: {B['tag']} (sha256:2) on one, {A['tag']} (sha256:1) on two", id="split",
+        ),
+        pytest.param(
+            {"one": runs("one", B, A), "two": runs("two", {**B, "digest": "sha256:9"}, A)}, "(sha256:9) on two",
+            id="pushed-again",
+        ),
+        pytest.param({"one": runs("one", B, A), "two": []}, "nothing on two", id="never-released"),
+        pytest.param(
+            {"one": runs("one", B, A, **FAILED), "two": runs("two", B, A)},
+            f"the last release on one, of prod-x, failed at then and was taken back by itself: {B['tag']} serves",
+            id="failed-on-one",
+        ),
+        pytest.param(
+            {"one": runs("one", C, B), "two": runs("two", C, A)}, f"go back to: {B['tag']} (sha256:2) on one, {A['tag']}",
+            id="other-past",
+        ),
+        pytest.param({"one": runs("one", C, B), "two": runs("two", C)}, "nothing on two", id="no-past"),
+        pytest.param({"one": runs("one", C, B, under_way="bob since then")}, "under way on one: bob", id="somebody-works"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_without_a_name(found: dict[str, Any], text: str) -> None:
+    problem = rollback_plan(found)["problem"]
+    assert text in problem
+    assert "-e release=TAG" in problem
+
+
+def test_with_a_name_hosts_that_differ_get_the_same() -> None:
+    found = {"one": runs("one", C, B, A, **FAILED), "two": runs("two", B, A), "three": runs("three", A)}
+    for name in (A["tag"], A["digest"]):
+        assert rollback_plan(found, name) == {"problem": "", "releases": dict.fromkeys(found, name)}
+
+
+def test_a_name_that_not_all_hosts_have_or_that_is_not_one_image() -> None:
+    problem = rollback_plan({"one": runs("one", C, A), "two": runs("two", C, B)}, A["tag"])["problem"]
+    assert problem == f"release {A['tag']} is not on all of its hosts; kept are: {B['tag']} (sha256:2) on two"
+    again = {**A, "digest": "sha256:9"}
+    problem = rollback_plan({"one": runs("one", C, A), "two": runs("two", C, again)}, A["tag"])["problem"]
+    assert problem.endswith("is more than one image; name its digest: sha256:1, sha256:9")
+
+
+def test_the_release_that_a_killed_run_began_can_be_named() -> None:
+    found = {"one": runs("one", B, A, under_way="interrupted: release of prod-y by bob")}
+    assert rollback_plan(found, "prod-y")["problem"] == ""
+
+
+def test_a_host_without_a_release_before_is_left_to_the_module() -> None:
+    assert rollback_plan({"one": runs("one", A)}) == {"problem": "", "releases": {"one": ""}}
