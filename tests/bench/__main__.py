@@ -4,6 +4,8 @@
   bastion     the same of the Bastion's playbook
   lab-again   `make lab` on the lab that is up
   inventory   finding 4, 100 and 1,000 hosts, without and with the cache (a moto server of its own on the loopback)
+  releases    a release and a rollback under load, what HAProxy adds, next to a plain docker_container (hosts of its own)
+  vllm        the cold path of the inference server: what runs side by side, against each part alone (its host is made anew)
   lab         TAKES THE LAB DOWN: `make lab` from nothing but the caches (none after `make clean`), then again
 
 Each one's tables are also written to build/bench/NAME.md.
@@ -21,6 +23,8 @@ import time
 from collections.abc import Callable
 
 from tests.bench.measure import CHECKOUT, Cost, cost, memory_in_use, remote_executions, table
+from tests.bench.releases import releases
+from tests.bench.vllm import vllm
 
 WRITTEN = CHECKOUT / "build" / "bench"
 COLUMNS = ("run", "seconds", "peak memory, MiB", "changed", "remote executions")
@@ -134,6 +138,8 @@ BENCHES: dict[str, Callable[[], str]] = {
     "bastion": bastion,
     "lab-again": lab_again,
     "inventory": inventory,
+    "releases": releases,
+    "vllm": vllm,
     "lab": lab,
 }
 

@@ -28,6 +28,7 @@ class Cost:
     output: str
     returncode: int
     seconds_by_role: dict[str, float] = dataclasses.field(default_factory=dict)
+    tasks: list[tuple[str, float]] = dataclasses.field(default_factory=list)  # names as printed, and when each began
 
     @property
     def changed(self) -> int:
@@ -68,7 +69,8 @@ def cost(argv: Sequence[str], *, check: bool = True) -> Cost:
     output = "".join(line for _, line in lines)
     if check and returncode != 0:
         sys.exit(f"{' '.join(argv)} failed with status {returncode}:\n{output[-4000:]}")
-    return Cost(seconds, max(0.0, peak - before), output, returncode, _by_role([*lines, (seconds, "")]))
+    tasks = [(task["name"], at) for at, task in ((at, TASK.match(line)) for at, line in lines) if task]
+    return Cost(seconds, max(0.0, peak - before), output, returncode, _by_role([*lines, (seconds, "")]), tasks)
 
 
 def _by_role(lines: Sequence[tuple[float, str]]) -> dict[str, float]:
