@@ -56,7 +56,7 @@ ADVICE = {
     "mount": "Mount what is missing on this host, or name another folder; nothing was stopped.",
     "runtime": "Install that runtime and name it in the engine's daemon.json (role docker_engine, docker_engine_runtimes).",
     "memory": "Lower the service's memory, free memory on the host, or let the old release stop before the new one starts:"
-    " strategy stop-start.",
+    " strategy stop-start (-e strategy=stop-start for one run).",
     "no_release": "Name one of the releases that this host has kept; playbooks/releases.yml lists them.",
     "proxy": "Look at its journal: journalctl -u 'nemo-proxy-*' -n 50. The release that answered before still does.",
     "proxy_missing": "Install HAProxy on this host first: it owns the service's public port (role container_service does).",
