@@ -266,7 +266,7 @@ def test_a_driver_upgraded_behind_our_back(site, answers, on):
     assert on("vllm", f"{names} | cut -d' ' -f1").split() == packages
     assert set(packages) <= set(on("vllm", "apt-mark showhold").split())
     again = site(*VLLM)
-    assert again.returncode == 0 and again.changed == 0, again.output[-6000:]
+    assert (again.returncode, again.changed) == (0, 0), again.output[-6000:]
 
 
 # ---- interruptions
