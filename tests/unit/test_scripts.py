@@ -160,7 +160,7 @@ class TestRunner:
 
     def test_an_interruption_ends_what_runs(self, whole, capfd: pytest.CaptureFixture[str]) -> None:
         started = time.monotonic()
-        stop = f"sleep 0.5; kill -INT {os.getpid()}; sleep 60"
+        stop = f"sleep 3; kill -INT {os.getpid()}; sleep 60"
         assert whole(("a", "sleep 60"), ("b", stop), beside=True) == 1
         assert time.monotonic() - started < 20
         assert self.last_line(capfd) == "0 passed, 1 failed"
