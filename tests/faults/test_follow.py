@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-GOOD, *BAD = (f"dev-20990201-000{number}" for number in (1, 2, 3, 4))
+GOOD, BAD, *MORE = (f"dev-20990201-000{number}" for number in (1, 2, 3, 4, 5))
 # The unit fails where a release does; the state says which.
 LOOK = "systemctl start nemo-follow.service || true"
 On = Callable[[str, str], str]
@@ -36,7 +36,7 @@ def looked(on: On) -> dict[str, Any]:
 def test_what_is_pushed_is_released_by_itself_and_what_fails_only_once(
     following: None, image: Callable[..., str], on: On, health: Callable[[str], str]
 ) -> None:
-    image(GOOD)
+    image(GOOD, "healthy")
     state = looked(on)
     assert state["last"]["result"] == "released", state["text"]
     assert json.loads(health("ai-dev"))["tag"] == GOOD
@@ -46,14 +46,14 @@ def test_what_is_pushed_is_released_by_itself_and_what_fails_only_once(
     assert (run["user"], run["result"]) == ("nemo-follower", "ok")
     assert [name for name in run["locked"] if name.startswith("ai-dev")]
 
-    image(BAD[0], "crash")
+    image(BAD, "crash")
     state = looked(on)
     assert state["last"]["result"] == "failed", state["text"]
     state = looked(on)
     assert state["last"]["result"] == "nothing", "what failed is not tried again"
     assert json.loads(health("ai-dev"))["tag"] == GOOD
     shown = " ".join(on("bastion", "runuser -u alice -- ansible-playbook releases.yml").split())
-    assert f"failed: {BAD[0]}" in shown
+    assert f"failed: {BAD}" in shown
     assert "follows the registry: nothing to release at" in shown
 
 
@@ -61,10 +61,10 @@ def test_a_service_whose_images_fail_again_and_again_is_stopped(
     following: None, image: Callable[..., str], on: On, health: Callable[[str], str]
 ) -> None:
     serves, began = health("ai-dev"), on("bastion", "date +%s").strip()
-    for tag in BAD:
+    for tag in MORE:
         image(tag, "crash")
         state = looked(on)
-    assert [failure["tag"] for failure in state["failures"]] == BAD
+    assert [failure["tag"] for failure in state["failures"]] == MORE
     assert state["stopped"]["by"] == "nemo-follow"
     assert "webhook was not told" not in on("bastion", f"journalctl -t nemo-follow --since @{began} --output cat")
     on("bastion", "systemctl start nemo-follow.service")  # a state, and no failure any more
