@@ -45,7 +45,7 @@ outcomes: setup ## What the running lab must show, from outside, from the Bastio
 bench: setup ## Speed, cost and scale, as tables
 	@$(IN_LAB) python -m tests.bench $(ARGS)
 
-faults: setup ## What is broken on purpose, the whole suite (up to an hour; ARGS='-m sample' for a few minutes)
+faults: setup ## What is broken on purpose, the whole suite (some hours; ARGS='-m sample' for a few minutes)
 	@$(IN_LAB) pytest tests/faults $(ARGS)
 
 lab-down: ## Remove the lab and everything that it made

@@ -92,4 +92,5 @@ MIRROR_PACKAGES = [
     # the Bastion's tools for debugging the network
     "bind9-dnsutils", "tcpdump", "traceroute", "mtr-tiny", "netcat-openbsd", "socat", "nmap", "ethtool", "iperf3", "lsof",
     "strace", "openssl", "mariadb-client", "kcat", "redis-tools", "git", "rsync", "tmux",
+    "python3-requests",  # of community.docker, next to which the bench puts a release
 ]  # fmt: skip
