@@ -68,7 +68,7 @@ ADVICE = {
     "registry_certificate": "Install the registry's certificate authority on this host, or check its clock.",
     "registry_unreachable": "Check name resolution, routes and security groups from this host to the registry on 443.",
     "state": "Nothing was touched. Put the file back from a backup; or, where the service may be down for a moment, remove it"
-    " together with the service's containers (docker ps --filter label=nemo.service), and release again.",
+    " together with the service's containers (docker ps -a --filter label=nemo.service=NAME), and release again.",
     "start": "Read the reason above; the container was created but the engine could not start it.",
     "unhealthy": "Read the log lines of the failed release, mend the image or its settings, and release again.",
     "docker": "Run the named docker command on the host to see more.",
@@ -657,7 +657,10 @@ class Store:
         except OSError:
             return used
         for service in services:
-            state = self._read(os.path.join(self.root, service, "state.json")) or {}
+            try:
+                state = self._read(os.path.join(self.root, service, "state.json")) or {}
+            except ReleaseError:  # another service's; who listens is looked at, too
+                continue
             used.update(int(entry.get("host_port") or 0) for entry in state.get("releases") or [])
         return used
 

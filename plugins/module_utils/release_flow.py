@@ -151,11 +151,12 @@ def newer(tag: str, other: str) -> bool:
 
 
 def outlasts(tag: str, wanted: str) -> bool:
-    """Whether what was deployed stays where the rule has found another tag: it is newer, or a hotfix, which is of no rule.
+    """Whether what was deployed stays where the rule has found another tag: it is newer, or a hotfix, which is not of that rule.
 
     A tag outside of the rule that is asked for was written by somebody who wants it.
     """
-    return newer(tag, wanted) or bool(RULE.match(wanted) and not RULE.match(tag))
+    one, two = RULE.match(tag), RULE.match(wanted)
+    return newer(tag, wanted) or bool(two and (not one or one.group(1) != two.group(1)))
 
 
 def label_of(record: Mapping[str, Any]) -> str:
@@ -453,7 +454,7 @@ class Releaser:
             )  # fmt: skip
         elif record.get("intent") == "deploy" and not moved and outlasts(record["tag"], self.params["tag"]):
             text = "%s runs %s, which %s deployed and " + (
-                "is newer than" if RULE.match(record["tag"]) else "no rule compares with"
+                "is newer than" if newer(record["tag"], self.params["tag"]) else "no rule compares with"
             )
             self.kept = (text + " %s") % (self.name, record["tag"], record["by"], self.params["tag"])
         else:
@@ -554,6 +555,9 @@ class Releaser:
             self.save()
             self.store.delete("transition.json")
         except ReleaseError as error:
+            origin = self.find(journal["from"])
+            if not fit or (origin and self.problem(origin) is None):
+                raise  # the engine's trouble, and no reason to lead anybody to what was not proven
             # What the killed run had proven is all that serves.
             self.warnings.append("%s; the interrupted release stays: %s" % (error.text, label_of(record)))
             self.alone(journal)
@@ -607,6 +611,7 @@ class Releaser:
                     self.bring_up(record, wait=False)
                 except ReleaseError as error:
                     self.warnings.append("the release that was there does not start: %s" % error.text)
+                self.look()
             public = self.wanted_public
             done = self.proxy.ensure(public, record["slot"], self.ports)
             if done:
@@ -1015,11 +1020,19 @@ class Releaser:
             self.say("taken back %.1f s after the decision" % (self.clock() - self.began - seconds))
         except Exception as second:
             what = release_error(second).text
-            if safe:
+            if safe or self.untouched(journal):
                 text += ". The release before it has the traffic again; the rest is left to the next run: %s" % what
             else:
                 text += ". WHAT SERVED BEFORE DOES NOT SERVE EITHER: %s. The next run tries again" % what
         raise ReleaseError(reason, text, log, cause)
+
+    def untouched(self, journal: Record) -> bool:
+        """Whether the release before still has its traffic, because nobody was led to the failed one, and answers."""
+        origin = self.find(journal["from"])
+        try:
+            return bool(origin and journal["step"] == "start" and self.problem(origin) is None)
+        except Exception:
+            return False
 
     def cause(self, box: Container) -> str:
         """What the log of a failed release says of the reason, by the patterns that are asked for; empty without any."""
@@ -1100,7 +1113,10 @@ class Releaser:
         if not box or not (box.running or box.status == "restarting"):
             return
         if journal["step"] == "switch" and journal["proxy"].get("retry_after") and self.proxy.is_set_up():
-            self.proxy.hold(record["slot"])
+            try:
+                self.proxy.hold(record["slot"])
+            except OSError as error:  # of its command socket; what served before must not wait for that
+                self.warnings.append("HAProxy could not be told: %s" % error)
         self.docker.stop(box.name, int(record["settings"]["stop_timeout"]))
 
     def attempt(self, strict: bool, action: Callable[[Record], None], record: Record) -> None:
@@ -1416,7 +1432,11 @@ class Releaser:
         candidates: set[str] = set()
         for repository in sorted(name for name in repositories if name):
             candidates |= self.docker.images(repository)
-        candidates -= self.store.needed_images()
+        try:
+            candidates -= self.store.needed_images()
+        except ReleaseError as error:  # another service's record: who knows what that needs
+            self.warnings.append("no image is removed: %s" % error.text)
+            candidates = set()
         if candidates:
             for image in sorted(candidates - self.docker.used_images()):
                 self.docker.remove_image(image)

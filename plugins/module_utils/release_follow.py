@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ansible_collections.nemo.platform.plugins.module_utils.release_flow import newer
+from ansible_collections.nemo.platform.plugins.module_utils.release_flow import newer, outlasts
 
 INTERRUPTED = "interrupted"  # what container_release_info says of a release that nobody is at work on
 
@@ -32,6 +32,10 @@ def plan(newest: Mapping[str, Any], found: Mapping[str, Sequence[Mapping[str, An
             return Plan([], f"pinned on {host}: {service['pinned']}")
         if service.get("under_way") and not service["under_way"].startswith(INTERRUPTED):
             return Plan([], f"under way on {host}: {service['under_way']}")
+        if service.get("intent") == "deploy" and not newer(service["tag"], tag) and outlasts(service["tag"], tag):
+            return Plan(
+                [], f"{service['tag']} runs on {host}, which {service['by']} deployed and no rule compares with {tag}"
+            )
     behind = [
         host
         for host, service in running.items()

@@ -58,6 +58,7 @@ services:
     since: {description: When it was committed (UTC)., type: str, sample: "2025-07-18T01:41:09Z"}
     by: {description: Who released it., type: str, sample: alice}
     kind: {description: How it came there., type: str, sample: rollback}
+    intent: {description: "V(deploy) where somebody asked for just this one, else V(converge).", type: str, sample: converge}
     health: {description: V(ok), or what is wrong., type: str, sample: ok}
     pinned: {description: "Why runs over the whole site leave it alone; empty where they do not.", type: str}
     under_way: {description: Which release is being made by whom since when; empty when none is., type: str}
@@ -128,6 +129,7 @@ def service(store: Store, name: str) -> Record | None:
         "port": public.get("port", 0),
         "image": current.get("image", ""),
         **{key: current.get(key, "") for key in BRIEF},
+        "intent": current.get("intent", ""),
         "health": health_of(current, public) if current and public else "nothing serves",
         "pinned": "%s, by %s at %s" % (pinned["why"], pinned["by"], pinned["since"]) if pinned else "",
         "under_way": under_way(store),

@@ -33,8 +33,18 @@ def test_a_tag_that_was_pushed_again() -> None:
     assert plan(NEWEST, {"a": runs(NEW, "sha256:1")}) == Plan(["a"], f"{NEW} was pushed again")
 
 
-def test_a_hotfix_that_nobody_pinned_gives_way() -> None:
+def test_a_tag_outside_of_the_rule_that_nobody_deployed_gives_way() -> None:
     assert plan(NEWEST, {"a": runs("hotfix-1")}).hosts == ["a"]
+
+
+@pytest.mark.parametrize("tag", ["hotfix-1", "hotfix-20260101-0001"])
+def test_a_hotfix_that_somebody_deployed_stays(tag: str) -> None:
+    made = plan(NEWEST, {"a": runs(tag, intent="deploy", by="bob")})
+    assert (made.hosts, made.why) == ([], f"{tag} runs on a, which bob deployed and no rule compares with {NEW}")
+
+
+def test_what_was_deployed_by_hand_gives_way_to_what_is_newer() -> None:
+    assert plan(NEWEST, {"a": runs(intent="deploy", by="bob")}).hosts == ["a"]
 
 
 FAILED = [{"tag": NEW, "at": "then", "reason": "bake"}]

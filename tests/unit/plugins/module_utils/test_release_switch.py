@@ -7,6 +7,7 @@ import http.client
 import os
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,10 +113,12 @@ class Host:
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
-    made = Host(tmp_path)
-    yield made
-    made.end()
+def host() -> Iterator[Host]:
+    # pytest's own folders are too deep for the path of a socket
+    with tempfile.TemporaryDirectory(prefix="nemo-") as folder:
+        made = Host(Path(folder))
+        yield made
+        made.end()
 
 
 def left(host: Host) -> int | None:

@@ -159,7 +159,7 @@ def test_a_model_is_fetched_and_then_needs_no_hub(host: Host, hub: FakeHub) -> N
 
 
 def test_in_the_background_and_attached_to(host: Host, hub: FakeHub) -> None:
-    hub.rate = 1_000_000
+    hub.rate = 200_000
     started = host.run(wait=False)
     assert (started["changed"], started["action"]) == (True, "started"), started
     assert started["missing"] == sum(

@@ -1026,6 +1026,15 @@ def test_the_site_leaves_a_newer_release_alone(world: World) -> None:
     world.expect_settled(TWO)
 
 
+@pytest.mark.parametrize("tag", ["hotfix-20200101-0001", f"{ONE.partition('-')[0]}-hotfix-20200101-0001"])
+def test_a_hotfix_whose_name_looks_like_another_rules_stays(world: World, tag: str) -> None:
+    world.engine.push(tag, image(6))
+    world.release(1, intent="converge")
+    world.release(None, tag=tag)
+    assert "no rule compares with" in world.release(2, intent="converge").kept
+    world.expect_settled(tag)
+
+
 def test_the_site_leaves_a_hotfix_outside_of_the_rule_alone(world: World) -> None:
     world.engine.push("hotfix", image(6))
     world.release(1, intent="converge")
@@ -1341,6 +1350,60 @@ def test_check_mode_sees_an_interrupted_release(world: World) -> None:
     done = world.releaser(world.params(1), check_mode=True)
     done.present()
     assert done.changed
+
+
+def test_what_cannot_be_cleared_away_gets_no_traffic(world: World) -> None:
+    """The killed run's container was never proven; that it does not stop is no reason to lead anybody to it."""
+    world.release(1)
+    with_kill(world, 3, "docker container start")
+    world.engine.set(
+        errors={"container stop": "did not receive an exit event", "container rm": "device or resource busy"}
+    )
+    error, _releaser = world.failing(2)
+    assert "exit event" in error.text or "busy" in error.text
+    assert world.answering() == ONE
+    world.engine.set(errors={})
+    world.release(2)
+    world.expect_settled(TWO)
+
+
+def test_what_served_all_through_is_not_said_to_be_down(world: World) -> None:
+    world.release(1)
+    world.engine.set(errors={"container rm": "device or resource busy"})
+    error, _releaser = world.failing(3)
+    assert "The release before it has the traffic" in error.text
+    assert "DOES NOT SERVE" not in error.text
+    assert world.answering() == ONE
+
+
+def test_another_services_broken_record_stops_no_release(world: World) -> None:
+    world.release(1)
+    other = world.path / "lib/ai-dev/state.json"
+    other.parent.mkdir()
+    other.write_text("{")
+    done = world.release(2)
+    world.expect_settled(TWO)
+    assert any("no image is removed" in text for text in done.warnings)
+
+
+def test_haproxy_that_cannot_be_told_keeps_nothing_from_coming_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.release(1, proxy_retry_after=10)
+    world.engine.set(single=True)
+    world.engine.push(TAGS[4], image(4, "fades:6"))
+    hold = world.proxy.hold
+
+    def told_once(active: str) -> None:
+        if world.proxy.calls.count("hold"):
+            raise TimeoutError(110, "timed out")
+        hold(active)
+
+    monkeypatch.setattr(world.proxy, "hold", told_once)
+    error, _done = world.failing(4, strategy="stop-start", bake_time=20, proxy_retry_after=10)
+    assert error.reason == "bake"
+    assert "serves again" in error.text
+    world.expect_settled(ONE)
 
 
 # -- a kill at every step
