@@ -57,6 +57,7 @@ class Host(NamedTuple):
     memory_total: int = 0
     own_pids: frozenset[int] = frozenset()
     own_runs: bool = False
+    own_model: bool = False  # it runs with the model that is wanted
     free_cache: int | None = None
     free_cache_least: int = 0
 
@@ -356,9 +357,10 @@ def host_findings(config: Config | None, stored: int | None, wanted: Wanted, hos
         text = "vllm_memory is %s, the host has %s: the whole host runs out before the limit is met"
         found.append(warning("ram", text % (gib(wanted.memory), gib(host.memory_total))))
     if host.free_cache is not None and host.free_cache < host.free_cache_least:
-        # no error: what serves has its caches, and another key for it needs no space
+        # What serves has its caches, and another key for it needs no space.
+        level = warning if host.own_model else error
         text = "%s are free for compile caches on the volume of the models, %s are needed: remove models that are no longer used"
-        found.append(warning("disk", text % (gib(host.free_cache), gib(host.free_cache_least))))
+        found.append(level("disk", text % (gib(host.free_cache), gib(host.free_cache_least))))
     return found
 
 

@@ -93,7 +93,7 @@ options:
     description: Folder on the volume that holds compile caches, or one above it; empty looks at none.
     type: path
   min_free_mb:
-    description: Megabytes (10^6) that should be free there; less is a warning.
+    description: Megabytes (10^6) that must be free there; less is a warning where the service runs with this model already.
     type: int
     default: 1024
   service:
@@ -181,6 +181,13 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
+def serves(service: str, model: str) -> bool:
+    """Whether a container of the service that runs has this model."""
+    words = ["docker", "ps", "--no-trunc", "--filter", "label=nemo.service=%s" % service, "--format", "{{.Mounts}}"]
+    code, out, _err = gpu.program(words)
+    return code == 0 and any(model in line.split(",") for line in out.splitlines())
+
+
 def own_processes(service: str) -> tuple[frozenset[int], bool]:
     """The processes of the service's containers, as nvidia-smi numbers them, and whether any container runs."""
     code, out, _err = gpu.program(["docker", "ps", "--quiet", "--filter", "label=nemo.service=%s" % service])
@@ -209,6 +216,7 @@ def host_of(params: dict[str, Any]) -> Host:
         memory_total=memory_now()[0],
         own_pids=pids,
         own_runs=runs,
+        own_model=serves(params["service"], params["model"]),
         free_cache=free_bytes(params["cache_path"]) if params["cache_path"] else None,
         free_cache_least=params["min_free_mb"] * 10**6,
     )

@@ -414,8 +414,9 @@ class TestAll:
 
     def test_full_volume(self, folder: Path) -> None:
         full = HOST._replace(free_cache=GIB // 2, free_cache_least=GIB)
-        assert "warning disk: 0.5 GiB are free for compile caches" in self.examined(folder, full)[0]
+        assert "error disk: 0.5 GiB are free for compile caches" in self.examined(folder, full)[0]
+        assert "warning disk: 0.5 GiB" in self.examined(folder, full._replace(own_model=True))[0]
 
     def test_errors_come_first(self, folder: Path) -> None:
-        lines = self.examined(folder, HOST._replace(free_cache=0, free_cache_least=GIB), memory=GIB)
+        lines = self.examined(folder, HOST._replace(free_cache=0, free_cache_least=GIB, own_model=True), memory=GIB)
         assert [line.split()[0] for line in lines] == ["error", "warning"]

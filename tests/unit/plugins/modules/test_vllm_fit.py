@@ -63,6 +63,13 @@ def test_own_processes_are_asked_of_the_engine(programs: Programs) -> None:
     assert module.own_processes("other") == (frozenset(), False)
 
 
+def test_which_model_runs_is_asked_of_the_engine(programs: Programs) -> None:
+    programs("docker", 'case " $* " in *" label=nemo.service=vllm "*) echo /srv/hub/a/1,/srv/cache ;; esac')
+    assert module.serves("vllm", "/srv/hub/a/1")
+    assert not module.serves("vllm", "/srv/hub/a")
+    assert not module.serves("other", "/srv/hub/a/1")
+
+
 def test_no_engine_yet(programs: Programs) -> None:
     programs("docker", "echo 4242; exit 1")
     assert module.own_processes("vllm") == (frozenset(), False)
