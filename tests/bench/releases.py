@@ -33,6 +33,7 @@ PLAIN = """
         healthcheck: {test: [NONE]}
 """
 AI = ["scripts/lab-env", "ansible-playbook", "-i", "inventories/lab", "nemo.platform.ai", "-vvv"]
+# By kamal-deploy.org/docs: deploy_timeout 30, drain_timeout 30, retain_containers 5, proxy.healthcheck.interval 1 (seconds).
 KAMAL = "Kamal 2, documented defaults"
 
 

@@ -68,14 +68,14 @@ def vllm() -> str:
         role = cost([*PLAYBOOK, "nemo.platform.vllm", "-e", json.dumps(wanted)])
     finally:
         _hub()
+        _on("/usr/local/sbin/nemo-lab-gpu build-seconds=3")
         images.remove(TAG, repository=REPOSITORY)
-    _on("/usr/local/sbin/nemo-lab-gpu build-seconds=3")
     subprocess.run([*PLAYBOOK, "nemo.platform.vllm"], cwd=CHECKOUT, check=True, stdout=subprocess.DEVNULL, timeout=900)
     driver = next(name for name, at in alone.tasks if at > _at(alone, "Model alone"))
     parts = {
         f"image, {PADDING_MIB} MiB": _between(alone, "Image alone", "Model alone"),
         f"model, 34 MB, {MODEL_BYTES_A_SECOND / 1e6:.1f} MB/s a file": _between(alone, "Model alone", driver),
-        f"driver, a build of {BUILD_SECONDS} s, and container toolkit": alone.seconds - _at(alone, driver),
+        f"driver (a build of {BUILD_SECONDS} s), container toolkit, gpu-doctor": alone.seconds - _at(alone, driver),
     }
     wall = _between(role, BEGIN, ARRIVED)
     total, longest = sum(parts.values()), max(parts.values())
