@@ -48,8 +48,12 @@ def attached(image: pathlib.Path) -> int | None:
     for folder in pathlib.Path("/sys/block").glob("loop*/loop"):
         number = int(folder.parent.name.removeprefix("loop"))
         path = DEV / f"nemo-lab-loop{number}"  # under a name that nothing looks for: most are other hosts' devices
-        descriptor = os.open(node(path, stat.S_IFBLK, MAJOR, number), os.O_RDONLY)
-        path.unlink()
+        try:
+            descriptor = os.open(node(path, stat.S_IFBLK, MAJOR, number), os.O_RDONLY)
+        except OSError:  # it went meanwhile
+            continue
+        finally:
+            path.unlink(missing_ok=True)
         try:
             info = INFO.unpack(fcntl.ioctl(descriptor, LOOP_GET_STATUS64, bytes(INFO.size)))
         except OSError:  # it went meanwhile
