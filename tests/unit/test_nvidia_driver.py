@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from ansible.parsing.dataloader import DataLoader
 from ansible.plugins.loader import init_plugin_loader
 from ansible.template import Templar, trust_as_template
+from ansible.utils.collection_loader._collection_finder import _AnsibleCollectionFinder
 
 from tests.unit.helpers import ROOT
 
@@ -20,8 +22,10 @@ KERNEL = "6.8.0-101-aws"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def plugins() -> None:
+def plugins() -> Iterator[None]:
     init_plugin_loader()
+    yield
+    _AnsibleCollectionFinder._remove()  # else what other tests import from the collection is looked for by it
 
 
 class Host:
