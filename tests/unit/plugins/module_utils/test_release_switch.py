@@ -30,7 +30,7 @@ class Release(Service):
         self.errs = False
         release = self
 
-        class Handler(self.RequestHandlerClass):  # type: ignore[name-defined]
+        class Handler(self.RequestHandlerClass):  # type: ignore[name-defined] # the class above has made it
             def do_GET(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 if self.path == "/slow":

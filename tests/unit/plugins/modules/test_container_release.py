@@ -264,7 +264,7 @@ def test_an_answer_that_never_ends_is_none() -> None:
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.handle_error = lambda *_arguments: None  # type: ignore[method-assign]
+    server.handle_error = lambda *_arguments: None  # type: ignore[method-assign] # the client leaves on purpose
     threading.Thread(target=server.serve_forever, daemon=True).start()
     began = time.monotonic()
     health = logic.question_of({"path": "/events"})
