@@ -15,10 +15,15 @@ from lab import hosts
 from lab.aws import images
 from lab.settings import REGISTRY
 from tests.bench.measure import CHECKOUT, cost, remote_executions, table
-from tests.faults.test_releases import PREPARE, Platform
+from tests.faults.test_releases import OWN_ERROR, PREPARE, Platform
 
 NAMES = ("bench-service", "bench-second", "bench-clients")
 OLD, NEW = "bench-20980101-0001", "bench-20980101-0002"
+BAD = {
+    behaviour: f"bench-20980102-{number:04d}"
+    for number, behaviour in enumerate(("unhealthy", "hang", "crash", "crash-later", "errors", "leak"), start=1)
+}
+MISSING = "bench-20980103-0001"  # never pushed
 # What the usual way does: the container is stopped, removed, and made anew from the new image.
 PLAIN = """
 - hosts: service
@@ -51,12 +56,14 @@ def _platform() -> Iterator[Platform]:
                 subprocess.run(write, input=generator, check=True)
             for tag in (OLD, NEW):
                 images.push(tag)
+            for behaviour, tag in BAD.items():
+                images.push(tag, behaviour)
             for port in (8000, 8009):
                 made.open(made.service, port)
             made.play(PREPARE)
             yield made
     finally:
-        for tag in (OLD, NEW):
+        for tag in (OLD, NEW, *BAD.values()):
             images.remove(tag)
         subprocess.run([*lab, "--remove", *NAMES], cwd=CHECKOUT, check=True, timeout=300)
 
@@ -91,6 +98,22 @@ def _plain(made: Platform) -> str:
     return f"{seconds:.1f} s, {seen['failed']} of {seen['requests']} failed"
 
 
+def _bad(made: Platform) -> list[tuple[str, ...]]:
+    """Of each bad image: the decision, when it came, how long clients were led to it, and what they lost."""
+    rows: list[tuple[str, ...]] = []
+    for behaviour, tag in {**BAD, "missing": MISSING}.items():
+        with made.load(slow="0", own_error=OWN_ERROR) as seen:
+            began = time.monotonic()
+            result = made.release(tag, health_timeout=20, bake_time=60, bake_min_requests=5)
+            seconds = time.monotonic() - began
+            time.sleep(2)
+        first, last, count = seen["releases"].get(tag, (0.0, 0.0, 0))
+        led = f"{last - first:.1f} s" if count else "never"
+        lost = f"{seen['failed']} of {seen['requests']}"
+        rows.append((behaviour, f"[{result['reason']}]", f"{seconds:.1f} s", led, str(seen["own_errors"]), lost))
+    return rows
+
+
 def _latency(made: Platform, port: int) -> dict[str, float]:
     """Of requests on kept connections, on the host itself: the network between would hide the difference."""
     words = f"--url http://127.0.0.1:{port} --seconds 20 --keep 4 --new 0 --slow 0 --pause 0.005"
@@ -110,6 +133,7 @@ def releases() -> str:
         unwatched = _timed(made, NEW, **quick)
         state = json.loads(made.on(made.service, "cat /var/lib/nemo/api/state.json"))
         direct, proxied = _latency(made, state["releases"][0]["host_port"]), _latency(made, 8000)
+        bad = _bad(made)
         plain = _plain(made)
     counts = remote_executions(cost(AI).output)
     executions = sum(number for (role, _), number in counts.items() if role in ("container_service", "packages"))
@@ -122,6 +146,11 @@ def releases() -> str:
             ("release, not watched", unwatched, plain, "health asked each second, up to 30 s; drains up to 30 s"),
             ("rollback", back, "as a release, by the old tag", "as a release; 5 old containers are kept"),
         ],
+    )
+    text += table(
+        "A bad image; health_timeout 20 s (Ansible's start included)",
+        ("image", "decision", "after", "clients led to it for", "its own errors that they saw", "requests lost"),
+        bad,
     )
     rows = [
         (name, f"{direct[name]:.2f}", f"{proxied[name]:.2f}", f"{proxied[name] - direct[name]:+.2f}")

@@ -2,7 +2,8 @@
 
 Three bare hosts: two run the service, the third its clients. NEMO_REQUESTS is how many requests the runs of the sample make
 (5,000), NEMO_LONG how many the long ones do (100,000) with NEMO_CLIENTS quick clients (12: what two cores stand beside a
-release), NEMO_KILLS how many runs are killed (50), NEMO_SEED repeats the moments of an earlier run,
+release), NEMO_KILLS how many runs are killed (50), NEMO_STEPS how many runs follow each other in any order (8), NEMO_SEED repeats
+the moments of an earlier run,
 NEMO_RELEASE_HOSTS=container,container,container uses hosts that are there instead of making three.
 """
 
@@ -18,7 +19,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ LONG = int(os.environ.get("NEMO_LONG", "100000"))
 CLIENTS = int(os.environ.get("NEMO_CLIENTS", "12"))
 MOST = 1200  # seconds that a long run may take; two cores answer some 300 requests in each
 KILLS = int(os.environ.get("NEMO_KILLS", "50"))
+STEPS = int(os.environ.get("NEMO_STEPS", "8"))
 SEED = int(os.environ.get("NEMO_SEED", random.SystemRandom().randrange(10_000)))
 NAMES = ("releases-service", "releases-second", "releases-clients")
 TAGS = {
@@ -203,6 +205,11 @@ class Platform:
         assert not result.get("failed"), result["msg"]
         return result
 
+    def kept(self) -> set[str]:
+        """The tags of the releases that can be gone back to."""
+        state = json.loads(self.on(self.service, "cat /var/lib/nemo/api/state.json 2>/dev/null || echo '{}'"))
+        return {entry["tag"] for entry in state.get("releases", [])}
+
     def answering(self, host: str = "") -> str:
         answer = self.on(host or self.service, "curl --silent --max-time 20 localhost:8000/health")
         return str(json.loads(answer)["tag"])
@@ -301,8 +308,11 @@ def test_a_bad_image_gets_no_request(running: Platform, behaviour: str, text: st
 
 
 def only_posts_were_lost(seen: dict[str, Any]) -> None:
-    """A release that dies loses what it was in the middle of, unless that may be asked again: one POST of each quick client."""
-    assert all("POST was answered 502" in text for text in seen["failures"]), seen["first_failures"]
+    """A release that dies loses what it was in the middle of, unless that may be asked again: one POST of each quick client.
+
+    HAProxy answers 502 to the first request of a connection; a later one is not answered, that its client may ask again.
+    """
+    assert all(" POST: " in text for text in seen["failures"]), seen["first_failures"]
     assert seen["failed"] <= 7, seen["first_failures"]
 
 
@@ -508,31 +518,58 @@ def test_the_disk_is_full(running: Platform) -> None:
     running.settled()
 
 
+@contextlib.contextmanager
+def slow_pull(platform: Platform, tag: str) -> Iterator[tuple[subprocess.Popen[str], Callable[[str], None]]]:
+    """A release in the middle of pulling a large image, and what puts another rule in place of the one that slows it down."""
+    images.push(tag, padding=64)
+    table = "inet of_a_test"
+    to_registry = f"nft add rule {table} out ip daddr {REGISTRY_ADDRESS}"
+
+    def instead(rule: str) -> None:
+        platform.on(platform.service, f"nft flush chain {table} out; {to_registry} {rule}")
+
+    try:
+        chain = f"nft add table {table}; nft add chain {table} out '{{ type filter hook output priority 0; }}'"
+        platform.on(platform.service, f"{chain}; {to_registry} limit rate over 20/second drop")
+        process = platform.begin(tag=tag, pull_timeout=15)
+        platform.until(f"pgrep -f 'docker.* pull .*{tag}'")
+        time.sleep(2)
+        yield process, instead
+    finally:
+        platform.on(platform.service, f"nft delete table {table}", check=False)
+        images.remove(tag)
+
+
 def test_the_registry_goes_away_in_the_middle_of_a_pull(running: Platform) -> None:
     large = "test-20980104-0001"
-    images.push(large, padding=64)
-    table = "inet of_a_test"
-    rule = f"nft add table {table}; nft add chain {table} out '{{ type filter hook output priority 0; }}'; nft add rule {table} out ip daddr {REGISTRY_ADDRESS}"
-    try:
-        with running.load() as seen:
-            running.on(running.service, f"{rule} limit rate over 20/second drop")
-            process = running.begin(tag=large, pull_timeout=15)
-            running.until(f"pgrep -f 'docker.* pull .*{large}'")
-            time.sleep(2)
-            running.on(
-                running.service,
-                f"nft flush chain {table} out; nft add rule {table} out ip daddr {REGISTRY_ADDRESS} drop",
-            )
+    with running.load() as seen, slow_pull(running, large) as (process, instead):
+        instead("drop")
+        output = process.communicate(timeout=120)[0]
+        assert "[pull_timeout]" in output or "[registry_unreachable]" in output, output[-3000:]
+        instead("accept")
+        running.good(large)
+    assert seen["failed"] == 0, seen["first_failures"]
+    assert running.answering() == large
+    running.settled()
+
+
+def test_the_registrys_token_expires_in_the_middle_of_a_pull(running: Platform) -> None:
+    """The connection ends, and the rest of the layer is asked for with a token that the registry does not take any more."""
+    large, users = "test-20980104-0002", "/run/nemo-lab/htpasswd"
+    with running.load() as seen, slow_pull(running, large) as (process, instead):
+        running.on("nemo-lab-aws", f"sed -i.kept 's/^AWS:/EXPIRED:/' {users}")
+        try:
+            instead("tcp dport 443 reject with tcp reset")
+            time.sleep(1)
+            instead("accept")
             output = process.communicate(timeout=120)[0]
-            assert "[pull_timeout]" in output or "[registry_unreachable]" in output, output[-3000:]
-            running.on(running.service, f"nft delete table {table}")
-            running.good(large)
-        assert seen["failed"] == 0, seen["first_failures"]
-        assert running.answering() == large
-        running.settled()
-    finally:
-        running.on(running.service, f"nft delete table {table}", check=False)
-        images.remove(large)
+        finally:
+            running.on("nemo-lab-aws", f"mv {users}.kept {users}")
+        assert "[authentication]" in output, output[-3000:]
+        running.good(large)
+    assert seen["failed"] == 0, seen["first_failures"]
+    assert running.answering() == large
+    running.settled()
 
 
 def test_the_registrys_token_has_expired(running: Platform) -> None:
@@ -607,7 +644,7 @@ def test_the_first_move_loses_at_most_what_was_sent_to_the_old_container_as_it_e
     with plain.load() as seen:
         plain.good(NEXT)
         time.sleep(2)
-    kept = ("keep:", "slow:")  # connections that outlive a request
+    kept = ("keep ", "slow ")  # connections that outlive a request
     assert all(text.startswith(kept) for text in seen["failures"]), seen["first_failures"]
     assert seen["failed"] <= 7, seen["first_failures"]  # once for each of them
     assert set(seen["releases"]) >= {PLAIN, NEXT}
@@ -709,9 +746,9 @@ def prepare(platform: Platform, kind: str) -> None:
     platform.good(TAGS["healthy"])
 
 
-def start(platform: Platform, kind: str) -> subprocess.Popen[str]:
+def start(platform: Platform, values: dict[str, Any]) -> subprocess.Popen[str]:
     """A run of which the module has begun."""
-    process = platform.begin(**KINDS[kind])
+    process = platform.begin(**values)
     deadline = time.monotonic() + 60
     while not platform.pids():
         assert process.poll() is None, process.communicate()[0]
@@ -724,7 +761,7 @@ def length(platform: Platform, kind: str) -> float:
     if kind not in LENGTHS:
         prepare(platform, kind)
         with platform.load():
-            process = start(platform, kind)
+            process = start(platform, KINDS[kind])
             began = time.monotonic()
             while platform.pids():
                 time.sleep(0.05)
@@ -733,9 +770,9 @@ def length(platform: Platform, kind: str) -> float:
     return LENGTHS[kind]
 
 
-def kill(platform: Platform, kind: str, delay: float) -> bool:
+def kill(platform: Platform, values: dict[str, Any], delay: float) -> bool:
     """A run that is killed, if it is still alive by then."""
-    process = start(platform, kind)
+    process = start(platform, values)
     time.sleep(delay)
     pids = platform.pids()
     if pids:
@@ -756,7 +793,7 @@ def test_a_killed_run_takes_nothing_down(platform: Platform, number: int) -> Non
         print(f"NEMO_SEED={SEED}: SIGKILL {share * whole:.2f} s into a {kind}, which takes {whole:.2f} s")
         prepare(platform, kind)
         with platform.load() as seen:
-            hit = kill(platform, kind, share * whole)
+            hit = kill(platform, KINDS[kind], share * whole)
             # Where the old one had to stop, it serves again without another run, unless the new one does.
             platform.until("curl --fail --silent --max-time 5 localhost:8000/health")
             platform.good(NEXT)
@@ -769,3 +806,35 @@ def test_a_killed_run_takes_nothing_down(platform: Platform, number: int) -> Non
     if "stop-start" not in kind:
         # the first move ends connections to the old container, each once
         assert seen["failed"] <= (7 if kind == "first move" else 0), seen["first_failures"]
+
+
+# Runs in any order: the rules of tests/unit/plugins/modules/test_release_machine.py, on the real engine
+
+
+@pytest.mark.sample
+def test_in_any_order_what_served_once_serves(platform: Platform) -> None:
+    runs = {"release": KINDS["release"], "older release": {"tag": TAGS["healthy"]}}
+    runs |= {kind: KINDS[kind] for kind in ("bad release", "rollback", "stop-start")}
+    chance = random.Random(f"{SEED} order")
+    platform.plain() if chance.random() < 0.5 else platform.good(TAGS["healthy"])
+    expected = {platform.answering()}  # what may answer now
+    for step in range(STEPS):
+        kind = chance.choice(list(runs))
+        delay = chance.uniform(0, 8) if chance.random() < 0.5 and step < STEPS - 1 else None
+        print(f"NEMO_SEED={SEED}: {kind}" + (f", SIGKILL after {delay:.2f} s" if delay else ""))
+        kept = platform.kept()
+        may = expected | (kept if kind == "rollback" else {runs[kind]["tag"]} - {TAGS["unhealthy"]})
+        if delay is not None and kill(platform, runs[kind], delay):
+            # Where the old one had to stop, it serves again without another run, unless the new one does.
+            platform.until("curl --fail --silent --max-time 5 localhost:8000/health")
+            assert platform.answering() in may
+            expected = may
+            continue
+        if delay is None:
+            failed = platform.release(None, **runs[kind])["failed"]
+            assert failed is (kind == "bad release") or kind == "rollback"
+        now = platform.answering()
+        assert now in ({runs[kind]["tag"]} if kind in ("release", "older release", "stop-start") else may)
+        expected = {now}
+        if platform.kept():
+            platform.settled()

@@ -53,10 +53,10 @@ class Outcome:
         seen = self.releases.setdefault(release, [now, now, 0])
         seen[1], seen[2] = now, seen[2] + 1
 
-    def bad(self, kind: str, error: BaseException, began: float) -> None:
+    def bad(self, kind: str, method: str, error: BaseException, began: float) -> None:
         self.failed_from = min(self.failed_from or began, began)
         self.failed_until = max(self.failed_until, began)
-        text = f"{kind}: {type(error).__name__} {error}"[:200]
+        text = f"{kind} {method}: {type(error).__name__} {error}"[:200]
         self.failed[text] += 1
         if len(self.first_failures) < 20:
             self.first_failures.append(f"{time.time() - self.begun:.3f} s {text}")
@@ -135,6 +135,12 @@ async def client(kind: str, target: argparse.Namespace, outcome: Outcome, stop: 
     count = 0
     while not stop.is_set():
         count += 1
+        if kind == "slow":
+            wanted = ("GET", f"{target.slow_path}{target.slow_seconds}", b"")
+        elif (count + number) % 5 == 0:
+            wanted = ("POST", "/v1/echo", b'{"text": "hello"}')
+        else:
+            wanted = ("GET", target.path, b"")
         began, at = time.monotonic(), time.time()
         try:
             async with asyncio.timeout(LIMIT):
@@ -143,22 +149,16 @@ async def client(kind: str, target: argparse.Namespace, outcome: Outcome, stop: 
                         outcome.reconnects += 1
                     connection.close()
                     await connection.open()
-                if kind == "slow":
-                    wanted = ("GET", f"{target.slow_path}{target.slow_seconds}", b"")
-                elif (count + number) % 5 == 0:
-                    wanted = ("POST", "/v1/echo", b'{"text": "hello"}')
-                else:
-                    wanted = ("GET", target.path, b"")
                 status, content = await connection.request(*wanted, keep=kind != "new")
             if status != 200 and target.own_error and target.own_error.encode() in content:
                 outcome.own_errors += 1
             elif status != 200:
-                raise Failure(f"{wanted[0]} was answered {status}: {content[:60]!r}")
+                raise Failure(f"was answered {status}: {content[:60]!r}")
             else:
                 answer = json.loads(content)
                 outcome.good(kind, time.monotonic() - began, str(answer.get("tag", "-")))
         except Exception as error:
-            outcome.bad(kind, error, at)
+            outcome.bad(kind, wanted[0], error, at)
             connection.close()
             await asyncio.sleep(0.05)
         if target.pause:
