@@ -15,7 +15,7 @@ one that ends again and again before it has answered; the engine, with pauses of
     vllm-watchdog CONFIG --clear    forget strikes and restarts, and begin again
 
 The state is in CONFIG's "state" folder, for people and for metrics: state (ok, loading, failing, restarting, down, gave_up),
-strikes, restarts (times, UTC), since, reason.
+strikes, restarts (times, UTC), since, reason, looked, valid_until (when the next look is long overdue).
 """
 
 from __future__ import annotations
@@ -202,9 +202,11 @@ class Watchdog:
 
     def say(self, state: str, reason: str) -> str:
         """Writes the state down, and returns the line for the journal."""
+        now = self.clock()
         if state != self.state["state"] or "since" not in self.state:
-            self.state["since"] = utc(self.clock())
-        self.state.update(state=state, reason=reason, looked=utc(self.clock()))
+            self.state["since"] = utc(now)
+        self.state.update(state=state, reason=reason, looked=utc(now))
+        self.state["valid_until"] = utc(now + float(self.config["valid"]))
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as stream:
             os.fchmod(stream.fileno(), 0o644)
