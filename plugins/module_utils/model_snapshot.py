@@ -238,8 +238,15 @@ def pin(root: str, repository: str, ref: str, commit: str) -> None:
 
 
 class Snapshot:
-    def __init__(self, wanted: Wanted, progress: Progress, after: Callable[[str], None] = lambda what: None) -> None:
+    def __init__(
+        self,
+        wanted: Wanted,
+        progress: Progress,
+        after: Callable[[str], None] = lambda what: None,
+        keep: Collection[str] = (),
+    ) -> None:
         self.wanted = wanted
+        self.keep = keep
         self.progress = progress
         self.after = after  # a test's place to kill the work
         model = folder_of(wanted.repository)
@@ -310,12 +317,14 @@ class Snapshot:
         return []
 
     def unused(self) -> str:
-        """For who looks for space: what else lies in the root, finished or begun, that no release on this host mounts."""
-        kept = mounted() | {self.path, self.partial}
+        """For who looks for space: what else lies in the root, finished or begun, that no release on this host mounts, or will."""
+        root = self.wanted.root
+        kept = mounted().union(self.keep, [self.path])
         found = []
-        for base in (self.wanted.root, os.path.join(self.wanted.root, PARTIAL)):
+        for base in (root, os.path.join(root, PARTIAL)):
             for path in sorted(glob.glob(os.path.join(glob.escape(base), "*", "*"))):
-                if is_commit(os.path.basename(path)) and path not in kept:
+                finished = os.path.join(root, os.path.relpath(path, base))
+                if is_commit(os.path.basename(path)) and finished not in kept:
                     found.append("%s (%s)" % (path, amount(size_of_folder(path))))
         return "; no release uses %s" % ", ".join(found) if found else ""
 
@@ -463,12 +472,13 @@ def size_of_folder(path: str) -> int:
 
 
 def mounted() -> set[str]:
-    """What the releases of all services on this host mount."""
+    """What the releases of all services on this host mount, those under way among them."""
     found: set[str] = set()
-    for path in glob.glob(os.path.join(glob.escape(STATE), "*", "state.json")):
+    for path in glob.glob(os.path.join(glob.escape(STATE), "*", "*.json")):
         try:
             with open(path, encoding="utf-8") as stream:
-                releases = json.load(stream)["releases"]
+                data = json.load(stream)
+            releases = [data["record"]] if path.endswith("/transition.json") else data["releases"]
             found.update(mount["source"] for entry in releases for mount in entry["settings"].get("mounts") or [])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # another program's file

@@ -94,6 +94,11 @@ options:
     description: Megabytes (of 1,000,000 bytes) that shall stay free beside what is still missing.
     type: int
     default: 1024
+  keep:
+    description: Folders of other snapshots that are wanted, too, and that the error of a full disk therefore does not name.
+    type: list
+    elements: path
+    default: []
   verify:
     description:
       - V(size) compares names, sizes and times of what is there, and reads files whose time has changed. V(full) reads every byte.
@@ -118,7 +123,8 @@ notes:
   - Where logind ends what users leave behind (C(KillUserProcesses=yes)), the process ends with the connection, and the next run goes on.
   - Proxies come from the environment, as O(ignore:environment) of the task sets it. Certificates are judged by the system's list.
   - Needs root for the defaults of O(path) and O(run_path).
-  - Nothing else removes an old snapshot; a full disk's error lists those that no release on the host mounts.
+  - Nothing else removes an old snapshot; a full disk's error lists those that no release on the host mounts
+    and that O(keep) does not name.
 """
 
 EXAMPLES = r"""
@@ -251,6 +257,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "retries": {"type": "int", "default": 6},
     "parallel": {"type": "int", "default": 4},
     "min_free_disk_mb": {"type": "int", "default": 1024},
+    "keep": {"type": "list", "elements": "path", "default": []},
     "verify": {"type": "str", "choices": ["size", "full"], "default": "size"},
     "name": {"type": "str"},
     "run_path": {"type": "path", "default": "/run/nemo"},
@@ -287,7 +294,7 @@ class Run:
         wanted = Wanted(
             params["repository"], revision, params["path"], tuple(params["include"]), tuple(params["exclude"])
         )
-        return Snapshot(wanted, self.progress)
+        return Snapshot(wanted, self.progress, keep=params["keep"])
 
     def run(self) -> dict[str, Any]:
         self._need_mount()

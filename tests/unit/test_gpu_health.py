@@ -206,6 +206,7 @@ class TestMetrics:
         assert page["nemo_gpu_xid_last_timestamp_seconds"] == {'code="79"': 1795341700.5, 'code="500"': 3}
 
     def test_watchdog(self, host: Host, metrics: ModuleType) -> None:
+        host.watchdog.write_text(json.dumps({**WATCHDOG, "valid_until": "2999-01-01T00:00:00Z"}))
         page = families(host.page(metrics))
         assert page["nemo_vllm_watchdog_state"] == {
             'state="ok"': 1, 'state="loading"': 0, 'state="failing"': 0, 'state="restarting"': 0, 'state="down"': 0,
@@ -233,12 +234,14 @@ class TestMetrics:
             '{"state": "ok", "strikes": "2"}',
             '{"state": "ok", "restarts": 3}',
             "",
+            '{"state": "ok", "looked": "2026-11-22T10:02:00Z", "valid_until": "2026-11-22T10:09:00Z"}',
         ],
     )
-    def test_watchdog_of_others(self, host: Host, metrics: ModuleType, text: str) -> None:
+    def test_watchdog_of_others_or_one_that_has_ended(self, host: Host, metrics: ModuleType, text: str) -> None:
         host.watchdog.write_text(text)
         page = families(host.page(metrics))
         assert page["nemo_gpu_health_failed"] == {'part="gpu"': 0, 'part="watchdog"': 1}
+        assert "nemo_vllm_serving" not in page
         assert one(page, "nemo_gpu_usable") == 1
 
     def test_a_look_that_fails(self, host: Host, metrics: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,6 +331,17 @@ class TestServer:
         assert answer.status == status
         assert (answer.body == "up 1\n") == (status == 200)
 
+    @pytest.mark.parametrize("source", ["10.0.3/24", "10.0.3.0/33", "::g/8"])
+    def test_what_is_no_network_is_found_before_anybody_asks(self, source: str) -> None:
+        def check(*sources: str) -> subprocess.CompletedProcess[str]:
+            argv = [sys.executable, "-I", str(FILES / "gpu_metrics_http.py"), "--check", *sources]
+            return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=30)
+
+        assert check("10.0.3.0/24", "::1/128").returncode == 0
+        done = check("10.0.3.0/24", source)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"gpu_health_sources: {source!r} does not appear to be")
+
     def test_no_page_yet(self, ask: Any, tmp_path: Path) -> None:
         (tmp_path / "gpu.prom").unlink()
         answer = ask("GET /metrics HTTP/1.1\r\n\r\n")
@@ -402,7 +416,8 @@ class TestDoctor:
             (lambda host: host.watchdog.write_text(json.dumps({**WATCHDOG, "state": "failing", "strikes": 2})), "does not answer its watchdog (failing, 2 failed probes)"),
             (lambda host: host.watchdog.write_text(json.dumps({**WATCHDOG, "state": "gave_up", "reason": "timeout"})), "gave up on vLLM after 1 restart: timeout"),
             (lambda host: host.watchdog.write_text(json.dumps({**WATCHDOG, "state": "down", "reason": "its container is exited"})), "vLLM is down: its container is exited -> sudo docker ps"),
-            (lambda host: host.watchdog.write_text("{"), "watchdog cannot be read"),
+            (lambda host: host.watchdog.write_text("{"), "watchdog says nothing"),
+            (lambda host: host.watchdog.write_text(json.dumps({**WATCHDOG, "valid_until": "2026-11-22T10:09:00Z"})), "it last looked at 2026-11-22T10:02:00Z -> systemctl status nemo-vllm-watchdog.timer"),
             (lambda host: Path(host.settings["metrics_path"]).unlink(), "there are no metrics"),
             (lambda host: os.utime(host.settings["metrics_path"], (0, 0)), "s old, they are made every 60 s"),
         ],

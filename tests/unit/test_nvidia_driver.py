@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from ansible.plugins.loader import init_plugin_loader
 from ansible.template import Templar, trust_as_template
 from ansible.utils.collection_loader._collection_finder import _AnsibleCollectionFinder
 
+from ansible_collections.nemo.platform.plugins.module_utils.container_release import Lock
 from tests.unit.helpers import ROOT
 
 ROLE = ROOT / "roles/nvidia_driver"
@@ -265,6 +267,23 @@ class TestReboot:
         assert self.is_held(host, "ai-prod")
         assert self.is_held(host, "vllm")
         assert (host / "acts").read_text().splitlines() == ["stop nemo-proxy-*.socket", "reboot"]
+        for service in ("ai-prod", "vllm"):
+            lock = Lock(str(host / f"run/{service}.lock"))
+            assert not lock.try_acquire()
+            assert re.match(r"root since 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ .* a reboot\)$", lock.holder())
+            lock.release()
+
+    def test_one_that_begins_at_the_last_moment_is_told(self, host: Path) -> None:
+        """After the look at its lock, and before the lock is taken."""
+        flock = host / "bin/flock"
+        flock.write_text('#!/bin/sh\n[ "$3" = true ] || exec /usr/bin/flock "$@"\n')
+        flock.chmod(0o755)
+        with (host / "run/vllm.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = self.run(host)
+        assert done.returncode == 75
+        assert done.stderr == "no reboot: another run has just begun on a service of this host\n"
+        assert not (host / "acts").exists()
 
     def test_waits_for_nobody(self, host: Path) -> None:
         with (host / "run/vllm.lock").open("w") as lock:

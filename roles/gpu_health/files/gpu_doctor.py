@@ -211,7 +211,8 @@ def the_watchdog(report: Report, path: str) -> None:
     try:
         state = gpu_metrics.read_watchdog(path)
     except ValueError as error:
-        report.finding(f"the state of vLLM's watchdog cannot be read: {error}", f"sudo ls -l {path}")
+        look = "systemctl status nemo-vllm-watchdog.timer nemo-vllm-watchdog.service"
+        report.finding(f"vLLM's watchdog says nothing: {error}", look)
         return
     if state is None:
         report.row("watchdog", "there is none")

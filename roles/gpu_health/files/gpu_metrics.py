@@ -165,7 +165,7 @@ def of_the_watchdog(page: Page, state: dict[str, Any]) -> None:
 
 
 def read_watchdog(path: str) -> dict[str, Any] | None:
-    """The watchdog's own file; None where there is no watchdog. Raises ValueError for one that is none of its files."""
+    """The watchdog's own file; None where there is no watchdog. Raises ValueError for one that is none of its files, or too old."""
     try:
         state = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -176,6 +176,8 @@ def read_watchdog(path: str) -> dict[str, Any] | None:
         raise ValueError(f"{path}: no state of the watchdog")
     if not isinstance(state.get("strikes", 0), int) or not isinstance(state.get("restarts", []), list):
         raise ValueError(f"{path}: strikes or restarts are not what they must be")
+    if time.time() > (seconds(state.get("valid_until")) or float("inf")):
+        raise ValueError(f"{path}: it last looked at {state.get('looked')}")
     return state
 
 

@@ -1,6 +1,7 @@
 """One request for the metrics, on a connection that systemd accepted: GET /metrics, and nothing else.
 
-    gpu_metrics_http.py FILE NETWORK...    only who comes from one of the networks is answered
+    gpu_metrics_http.py FILE NETWORK...       only who comes from one of the networks is answered
+    gpu_metrics_http.py --check NETWORK...    are they networks?
 
 Run by nemo-gpu-metrics-http@.service, whose standard input and output are the connection. Standard library only.
 """
@@ -21,13 +22,13 @@ PATIENCE = 10
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def inside(peer: str, networks: Sequence[str]) -> bool:
+def inside(peer: str, networks: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> bool:
     """Whether an address, as systemd tells it, is in one of the networks."""
     try:
         address = ipaddress.ip_address(peer.partition("%")[0])
     except ValueError:
         return False
-    return any(address in ipaddress.ip_network(network, strict=False) for network in networks)
+    return any(address in network for network in networks)
 
 
 def answer(request: str, page: Path, allowed: bool) -> tuple[str, str, str]:
@@ -47,7 +48,13 @@ def answer(request: str, page: Path, allowed: bool) -> tuple[str, str, str]:
         return "503 Service Unavailable", "text/plain", f"{page}: {error.strerror}; see nemo-gpu-metrics.service\n"
 
 
-def main(path: str, *networks: str) -> int:
+def main(path: str, *sources: str) -> int:
+    try:
+        networks = [ipaddress.ip_network(source, strict=False) for source in sources]
+    except ValueError as error:
+        sys.exit(f"gpu_health_sources: {error}")
+    if path == "--check":
+        return 0
     signal.alarm(PATIENCE)
     request = sys.stdin.buffer.readline(LONGEST_LINE).decode("latin-1").strip()
     for _ in range(MOST_LINES):

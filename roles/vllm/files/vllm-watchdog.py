@@ -8,14 +8,14 @@ on an engine that hangs. Only when that fails several times in a row, and vLLM's
 engine that is busy is not one that hangs), the container is restarted. It does nothing while a release is under way, while
 the model loads, and where somebody has stopped the container, and says so. A container that could not be started, such as
 at a boot before its volume was there, is started once its folders are. After the restarts that it may make within the
-window it gives up, says so, and waits for a container that somebody else has started. It gives up, too, on one that the
-engine starts again and again and that never answers, and stops it.
+window it gives up, says so, and waits for a container that somebody else has started, or for a boot. It gives up, too, on
+one that ends again and again before it has answered; the engine, with pauses of a minute at most, goes on to start that.
 
     vllm-watchdog CONFIG            one look
     vllm-watchdog CONFIG --clear    forget strikes and restarts, and begin again
 
 The state is in CONFIG's "state" folder, for people and for metrics: state (ok, loading, failing, restarting, down, gave_up),
-strikes, restarts (times, UTC), since, reason.
+strikes, restarts (times, UTC), since, reason, looked, valid_until (when the next look is long overdue).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 FORMAT = 2  # of container_release's state.json
 # Of work that is done. Counts of requests and prompts also grow by what is given up, such as the question of this program.
 COUNTER = "vllm:generation_tokens_total"
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 OWN_TOKENS = 1  # may be counted for a question that was given up
 METRICS_TIMEOUT = 5
 # Seconds for a docker command, and for a restart to end what does not end by itself.
@@ -107,7 +108,7 @@ class Watchdog:
         self.state = read_json(self.path)
         self.state.setdefault("restarts", [])
         self.state.setdefault("strikes", 0)
-        self.state.setdefault("crashes", 0)
+        self.state.setdefault("ends", [])  # times at which it had ended before it had answered
         self.state.setdefault("state", "ok")
 
     # -- what is there
@@ -201,9 +202,11 @@ class Watchdog:
 
     def say(self, state: str, reason: str) -> str:
         """Writes the state down, and returns the line for the journal."""
+        now = self.clock()
         if state != self.state["state"] or "since" not in self.state:
-            self.state["since"] = utc(self.clock())
-        self.state.update(state=state, reason=reason, looked=utc(self.clock()))
+            self.state["since"] = utc(now)
+        self.state.update(state=state, reason=reason, looked=utc(now))
+        self.state["valid_until"] = utc(now + float(self.config["valid"]))
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as stream:
             os.fchmod(stream.fileno(), 0o644)
@@ -221,33 +224,37 @@ class Watchdog:
             return self.say("gave_up", self.state["reason"])
         return self.say(state, why)
 
-    def releasing(self, runs: bool) -> str:
+    def releasing(self, runs: bool, why: str = "a release is under way") -> str:
         """What was found before says nothing any more, and one that runs is not asked: that is the release's business."""
         self.state["strikes"] = 0
         known = {"failing": "ok", "restarting": "ok"}.get(self.state["state"], self.state["state"])
-        return self.quiet(known if runs else "loading", "a release is under way")
+        return self.quiet(known if runs else "loading", why)
 
     def clear(self) -> str:
-        self.state.update(strikes=0, crashes=0, restarts=[])
+        self.state.update(strikes=0, ends=[], restarts=[])
         return self.say("ok", "cleared")
 
-    def recent(self) -> list[str]:
-        """Restarts within the window."""
+    def recent(self, what: str) -> list[str]:
+        """Restarts or ends within the window."""
         since = self.clock() - float(self.config["window"])
-        return [entry for entry in self.state["restarts"] if seconds_of(entry) > since]
+        return [entry for entry in self.state[what] if seconds_of(entry) > since]
 
     def note(self, box: Container) -> None:
         """What its starts say since the last look."""
+        boot = BOOT.read_text().strip()
+        booted = self.state.get("boot", boot) != boot
         again = box.again > int(self.state.get("again", box.again))
         if again and not self.state.get("proven"):
-            self.state["crashes"] += 1
-        self.state["again"] = box.again
-        if self.state.get("started") == box.started:
+            self.state["ends"] = [*self.recent("ends"), utc(self.clock())]
+            if len(self.state["ends"]) > int(self.config["max_restarts"]):
+                self.say("gave_up", "it ended %d times before it had answered" % len(self.state["ends"]))
+        self.state.update(again=box.again, boot=boot)
+        if self.state.get("started") == box.started and not booted:
             return
         # The restarts within the window count on.
         self.state.update(started=box.started, proven=False, counted=None)
-        if not box.again:  # somebody has started it, or this program has
-            self.state.update(strikes=0, crashes=0)
+        if booted or not box.again:  # somebody has started it, or this program has
+            self.state.update(strikes=0, ends=[])
             if self.state["state"] == "gave_up":
                 self.state["state"] = "ok"
 
@@ -260,7 +267,7 @@ class Watchdog:
         if release is None:
             return self.quiet("down", "no release serves")
         if self.state.get("release") != release["release"]:
-            self.state.update(release=release["release"], restarts=[], crashes=0, again=0, proven=False)
+            self.state.update(release=release["release"], restarts=[], ends=[], again=0, proven=False)
             self.state["state"] = "ok"
         status = box.status if box else "not there"
         if self.cut_off():
@@ -270,19 +277,17 @@ class Watchdog:
         if box is None:
             return self.quiet("down", "its container is not there")
         self.note(box)
-        if box.status in ("running", "restarting") and self.state["crashes"] > int(self.config["max_restarts"]):
-            return self.stop(box)
         if box.status in ("exited", "created") and box.error:
             return self.start(release, box)
         if not runs:
             # The engine starts again what dies by itself; what is stopped was stopped by somebody.
-            ended = self.state["crashes"]
+            ended = len(self.recent("ends"))
             times = ", and has ended %d times before it answered" % ended if ended else ""
             return self.quiet("down", "its container is %s%s" % (status, times))
         before = self.counted(release)
         answer = self.ask(release)
         if answer.good:
-            self.state.update(strikes=0, crashes=0, proven=True, counted=self.counted(release))
+            self.state.update(strikes=0, ends=[], proven=True, counted=self.counted(release))
             return self.say("ok", "")
         after = self.counted(release)
         age = self.clock() - seconds_of(box.started)
@@ -303,10 +308,10 @@ class Watchdog:
         self.state["strikes"] += 1
         if self.state["strikes"] < int(self.config["strikes"]):
             return self.say("gave_up" if self.state["state"] == "gave_up" else "failing", answer.reason)
-        return self.restart(box, answer.reason)
+        return self.restart(release, box, answer.reason)
 
-    def restart(self, box: Container, reason: str) -> str:
-        recent = self.recent()
+    def restart(self, release: dict[str, Any], box: Container, reason: str) -> str:
+        recent = self.recent("restarts")
         self.state["strikes"] = int(self.config["strikes"])
         if self.state["state"] == "gave_up":
             return self.say("gave_up", self.state["reason"])
@@ -316,12 +321,26 @@ class Watchdog:
         descriptor = self.lock()
         if descriptor is None:
             return self.releasing(box.status == "running")
-        # Before it is done, so that one that is cut off counts, too.
-        self.state["restarts"] = [*recent, utc(self.clock())]
-        said, problem = self.act(descriptor, "restart", box, "restarting", reason)
+        try:
+            if self.cut_off() or self.current() != release or self.container(release) != box:
+                return self.releasing(box.status == "running", "it was released, started or stopped while it was asked")
+            # Before it is done, so that one that is cut off counts, too.
+            self.state["restarts"] = [*recent, utc(self.clock())]
+            holder = {"by": "vllm-watchdog", "since": utc(self.clock()), "pid": os.getpid(), "what": "a restart"}
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            said = self.say("restarting", reason)
+            code, out = self.run(["docker", "container", "logs", "--tail", "20", box.name], DOCKER_TIMEOUT)
+            if code == 0:
+                said += "\nits last lines:\n" + out.rstrip()
+            code, out = self.run(
+                ["docker", "container", "restart", "--time", str(STOP_SECONDS), box.name], DOCKER_TIMEOUT + STOP_SECONDS
+            )
+        finally:
+            os.close(descriptor)
         self.state["strikes"] = 0
-        if problem:
-            return said + "\n" + self.say("failing", "it cannot be restarted: %s" % problem)
+        if code:
+            return said + "\n" + self.say("failing", "it cannot be restarted: %s" % " ".join(out.split())[-200:])
         return said + "\n" + self.say("restarting", "restarted, as %s" % reason)
 
     def start(self, release: dict[str, Any], box: Container) -> str:
@@ -339,33 +358,7 @@ class Watchdog:
         self.state["strikes"] += 1
         if self.state["strikes"] < int(self.config["strikes"]):
             return self.quiet("down", reason)
-        return self.restart(box, reason)
-
-    def stop(self, box: Container) -> str:
-        """One that the engine would start again for ever."""
-        reason = "it ended %d times before it had answered" % self.state["crashes"]
-        descriptor = self.lock()
-        if descriptor is None:
-            return self.releasing(box.status == "running")
-        said, problem = self.act(descriptor, "stop", box, "gave_up", reason)
-        return said + "\n" + self.say("gave_up", "%s, and %s" % (reason, problem or "is stopped"))
-
-    def act(self, descriptor: int, verb: str, box: Container, state: str, reason: str) -> tuple[str, str]:
-        """With the lock, which it signs and gives back: what is to be said, and why it failed."""
-        try:
-            holder = {"by": "vllm-watchdog", "since": utc(self.clock()), "pid": os.getpid(), "what": "a %s" % verb}
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-            said = self.say(state, reason)
-            code, out = self.run(["docker", "container", "logs", "--tail", "20", box.name], DOCKER_TIMEOUT)
-            if code == 0:
-                said += "\nits last lines:\n" + out.rstrip()
-            code, out = self.run(
-                ["docker", "container", verb, "--time", str(STOP_SECONDS), box.name], DOCKER_TIMEOUT + STOP_SECONDS
-            )
-        finally:
-            os.close(descriptor)
-        return said, " ".join(out.split())[-200:] if code else ""
+        return self.restart(release, box, reason)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -602,11 +602,14 @@ def test_a_full_disk_in_the_middle_keeps_what_is_there(
 
 
 def test_a_full_disk_names_what_no_release_uses(host: Host, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Older commits, other models, and downloads that were given up; not what a release mounts, nor what is asked for."""
-    sizes = {"older": 3000, "used": 5, "other": 2_000_000, "begun": 70}
+    """Older commits, other models, and downloads that were given up; not what a release mounts or will, nor what is asked for."""
+    sizes = {"older": 3000, "used": 5, "soon": 5, "adapter": 5, "arriving": 5, "other": 2_000_000, "begun": 70}
     folders = {
         "older": host.path.with_name("e" * 40),
         "used": host.root / "org--used" / ("d" * 40),
+        "soon": host.root / "org--soon" / ("f" * 40),
+        "adapter": host.root / "org--adapter" / ("1" * 40),
+        "arriving": host.root / ".partial/org--arriving" / ("2" * 40),
         "other": host.root / "org--other" / ("c" * 40),
         "begun": host.root / ".partial/org--other" / ("b" * 40),
     }
@@ -625,12 +628,15 @@ def test_a_full_disk_names_what_no_release_uses(host: Host, hub: FakeHub, monkey
     ):
         (state / service).mkdir(parents=True)
         (state / service / "state.json").write_text(text)
+    under_way = {"record": {"settings": {"mounts": [{"source": str(folders["soon"])}]}}}
+    (state / "vllm/transition.json").write_text(json.dumps(under_way))
     monkeypatch.setattr(logic, "STATE", str(state))
     monkeypatch.setattr(logic, "free_bytes", lambda _path: 0)
     wanted = logic.Wanted(REPOSITORY, COMMIT, str(host.root), ("*.safetensors",), ())
     todo = Hub(hub.url, "", Limits(2, 1, 0.01)).files(REPOSITORY, COMMIT)
+    keep = [str(folders["adapter"]), str(host.root / "org--arriving" / ("2" * 40))]
     with pytest.raises(WorkError) as caught:
-        logic.Snapshot(wanted, Progress("x", str(host.run_path))).need_space(todo, 0)
+        logic.Snapshot(wanted, Progress("x", str(host.run_path)), keep=keep).need_space(todo, 0)
     assert caught.value.text.endswith(
         f"; no release uses {folders['older']} (3 kB), {folders['other']} (2.0 MB), {folders['begun']} (70 B)"
     )
