@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ansible_collections.nemo.platform.plugins.module_utils.release_follow import INTERRUPTED
+
 DOCUMENTATION = r"""
 name: rollback_plan
 short_description: Which release each host of a service goes back to, the same image everywhere
@@ -14,15 +16,19 @@ version_added: 0.2.0
 author: The nemo platform project (@nemo-platform)
 description:
   - Puts what the hosts of a service run and have kept beside each other, so that a rollback sends no two of them to different images.
-  - Without a name it is the release before. That is refused where the hosts do not run one image, do not have the same one to go back
-    to, are in the middle of a release, or have just taken a failed one back by themselves.
+  - Without a name it is the release before; where a run was killed in the middle of a release, it is the one which that was to replace.
+  - That is refused where the hosts do not run one image, do not have the same one to go back to, are being worked on, or have just
+    taken a failed release back by themselves.
 options:
   _input:
     description: Name of each host to what M(nemo.platform.container_release_info) returned for it as C(services).
     type: dict
     required: true
   release:
-    description: Id, tag or digest of a kept release; empty for the release before.
+    description:
+      - Id, tag or digest of a kept release; empty for the release before.
+      - Each host has ids of its own. The one of a host stands for its image on the others.
+      - Where not all hosts run it, those that do keep it.
     type: str
     default: ""
 """
@@ -40,12 +46,25 @@ _value:
   type: dict
 """
 
-NAME_IT = "to go back all the same, name the release that all of them get: -e release=TAG"
-
 
 def image_of(entry: Mapping[str, Any]) -> str:
     """A release in words that are the same on all hosts."""
     return f"{entry['tag']} ({entry['digest'][:19]})" if entry.get("tag") else "nothing"
+
+
+def way_out(have: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What there is to ask for by name: digests, as one tag may be that of several releases."""
+    good = [[entry for entry in entries if entry.get("digest") and not entry.get("left")] for entries in have.values()]
+    everywhere = set.intersection(*({entry["digest"] for entry in entries} for entries in good))
+    running = {entries[0].get("digest") for entries in have.values()}
+    names = [
+        f"-e release={entry['digest']} ({entry['tag']})"
+        for entry in good[0]
+        if entry["digest"] in everywhere and {entry["digest"]} != running
+    ]
+    if not names:
+        return "they have no other release in common, so deploy one: playbooks/deploy.yml"
+    return f"to go back all the same, name what all of them get: {' or '.join(dict.fromkeys(names))}"
 
 
 def by_host(said: Mapping[str, str]) -> str:
@@ -55,14 +74,14 @@ def by_host(said: Mapping[str, str]) -> str:
 def problem_before(services: Mapping[str, Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]) -> str:
     """Why going back to the release before is not what anybody can want."""
     for host, service in sorted(services.items()):
-        if service.get("under_way"):
+        if service.get("under_way") and not service["under_way"].startswith(INTERRUPTED):
             return f"a release is under way on {host}: {service['under_way']}"
     running = {host: image_of(service) for host, service in services.items()}
     if len(set(running.values())) > 1:
         return f"its hosts do not run one release: {by_host(running)}"
     for host, service in sorted(services.items()):
         last = (service.get("history") or [{}])[0]
-        if last.get("result") == "failed":
+        if last.get("result") == "failed" and before[host] is not service:
             text = "the last %s on %s, of %s, failed at %s and was taken back by itself: %s serves"
             return text % (last["kind"], host, last["tag"], last["at"], service["tag"] or "nothing")
     behind = {host: image_of(entry) for host, entry in before.items()}
@@ -74,21 +93,25 @@ def problem_before(services: Mapping[str, Mapping[str, Any]], before: Mapping[st
 def rollback_plan(found: Mapping[str, Sequence[Mapping[str, Any]]], release: str = "") -> dict[str, Any]:
     """Return the problem, or what each host goes back to."""
     services = {host: entries[0] if entries else {} for host, entries in found.items()}
+    have = {host: [service, *(service.get("kept") or [])] for host, service in services.items()}
     if not release:
+        undone = any(service.get("begun") == "release" for service in services.values())
         before: dict[str, Mapping[str, Any]] = {
-            host: next((entry for entry in service.get("kept") or [] if not entry["left"]), {})
-            for host, service in services.items()
+            host: entries[0] if undone else next((entry for entry in entries[1:] if not entry["left"]), {})
+            for host, entries in have.items()
         }
         problem = problem_before(services, before)
-        problem = f"{problem}; {NAME_IT}" if problem else ""
+        problem = f"{problem}; {way_out(have)}" if problem else ""
         return {"problem": problem, "releases": {host: entry.get("release", "") for host, entry in before.items()}}
+    ids = {entry["release"]: entry["digest"] for entries in have.values() for entry in entries if entry.get("release")}
+    image = ids.get(release, release)
     named = {
         host: [
             entry
-            for entry in [service, *(service.get("kept") or [])]
-            if release in (entry.get("release"), entry.get("tag"), entry.get("digest"))
+            for entry in entries
+            if release == entry.get("release") or image in (entry.get("tag"), entry.get("digest"))
         ]
-        for host, service in services.items()
+        for host, entries in have.items()
     }
     without = {
         host: ", ".join(image_of(entry) for entry in service.get("kept") or []) or "none"
@@ -100,7 +123,10 @@ def rollback_plan(found: Mapping[str, Sequence[Mapping[str, Any]]], release: str
     digests = {entry["digest"] for entries in named.values() for entry in entries}
     if len(digests) > 1:
         problem = f"{release} is more than one image; name its digest: {', '.join(sorted(digests))}"
-    return {"problem": problem, "releases": dict.fromkeys(services, release)}
+    runs = {host: service["release"] for host, service in services.items() if service in named[host]}
+    stay = runs if len(runs) < len(services) else {}  # all of them want to get away from it
+    own = {host: release for host, entries in named.items() if release in [entry["release"] for entry in entries]}
+    return {"problem": problem, "releases": {**dict.fromkeys(services, image), **stay, **own}}
 
 
 class FilterModule:

@@ -52,7 +52,8 @@ ADVICE = {
     "lock": "Wait for that run to end, then run again.",
     "bake": "Read the log lines of the failed release. It was healthy, and then failed with real traffic: mend it, and"
     " release it under a new tag, or with force.",
-    "failed_before": "Release a newer image. To try this one again all the same, set force (-e force=true).",
+    "failed_before": "Release a newer image. To try this one again all the same, set force: playbooks/deploy.yml -e force=true (the"
+    " inference server: playbooks/vllm.yml -e vllm_force=true).",
     "mount": "Mount what is missing on this host, or name another folder; nothing was stopped.",
     "runtime": "Install that runtime and name it in the engine's daemon.json (role docker_engine, docker_engine_runtimes).",
     "memory": "Lower the service's memory, free memory on the host, or let the old release stop before the new one starts:"

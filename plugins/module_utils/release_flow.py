@@ -460,7 +460,8 @@ class Releaser:
         else:
             return
         self.warnings.append(
-            "%s; it stays. Release %s by playbooks/deploy.yml to change that" % (self.kept, self.params["tag"])
+            "%s; it stays. Release %s by playbooks/deploy.yml (the inference server: playbooks/vllm.yml -e vllm_intent=deploy) to"
+            " change that" % (self.kept, self.params["tag"])
         )
         self.params.update(image=record["image"], tag=record["tag"], digest=record["digest"])
 
@@ -486,11 +487,11 @@ class Releaser:
             return False
         text = "this image with these settings failed before (%s, by %s): [%s] %s"
         text %= (known["at"], known["by"], known["reason"], known["text"])
-        record = self.record
+        error, record = ReleaseError("failed_before", text), self.record
         if self.params["intent"] != "converge" or not record or self.problem(record):
-            raise ReleaseError("failed_before", text)
+            raise error
         self.kept = "%s runs %s, and %s is not tried again: %s" % (self.name, record["tag"], wanted["tag"], text)
-        self.warnings.append(self.kept)
+        self.warnings.append("%s. %s" % (self.kept.rstrip("."), error.advice))
         self.after = self.before
         return True
 

@@ -54,6 +54,11 @@ options:
   release:
     description: Id, tag or digest of the kept release to roll back to. The release before, other than one that failed, when it is left out.
     type: str
+  current:
+    description:
+      - Id of the release that was seen to answer, and is to be left. Where another one has taken its place meanwhile, nothing is done.
+      - Whichever answers, when it is left out.
+    type: str
   strategy:
     description:
       - V(beside) runs the new release beside the old one until it is proven. V(stop-start) stops the old one first, and starts it again
@@ -526,6 +531,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "name": {"type": "str", "required": True},
     "state": {"type": "str", "choices": ["present", "absent", "rolled_back"], "default": "present"},
     "release": {"type": "str"},
+    "current": {"type": "str"},
     "strategy": {"type": "str", "choices": ["beside", "stop-start"], "default": "beside"},
     "intent": {"type": "str", "choices": ["deploy", "converge"], "default": "deploy"},
     "pin": {"type": "bool", "default": False},
@@ -709,6 +715,9 @@ def main() -> None:
                 raise ReleaseError("lock", "another run is at work: %s" % lock.holder())
             lock.sign({"by": by, "since": utc_now(), "pid": os.getpid(), "what": params["tag"] or params["state"]})
         releaser.load()  # another run may have released while this one waited for the lock
+        if params["current"] and params["current"] != releaser.current:
+            found = releaser.record or {"tag": "nothing"}
+            raise ReleaseError("lock", "another run was faster, and %s answers since this one looked" % found["tag"])
         {"present": releaser.present, "absent": releaser.absent, "rolled_back": releaser.rollback}[params["state"]]()
     except Exception as failure:
         error = release_error(failure)

@@ -62,6 +62,7 @@ services:
     health: {description: V(ok), or what is wrong., type: str, sample: ok}
     pinned: {description: "Why runs over the whole site leave it alone; empty where they do not.", type: str}
     under_way: {description: Which release is being made by whom since when; empty when none is., type: str}
+    begun: {description: "What was begun and serves nobody for good yet, V(release) or V(rollback); empty when nothing was.", type: str}
     kept: {description: "Releases that can be rolled back to, the next one first.", type: list, elements: dict}
     failed: {description: "Releases that failed and are not tried again by themselves.", type: list, elements: dict}
     history: {description: "Releases and rollbacks, the last one first, with result and duration.", type: list, elements: dict}
@@ -124,6 +125,7 @@ def service(store: Store, name: str) -> Record | None:
     left = {entry["release"] for entry in state.get("failed") or []}
     kept = [entry for entry in releases if entry is not current]
     public = state.get("proxy") or {}
+    journal = store.read("transition.json")
     return {
         "name": name,
         "port": public.get("port", 0),
@@ -133,6 +135,7 @@ def service(store: Store, name: str) -> Record | None:
         "health": health_of(current, public) if current and public else "nothing serves",
         "pinned": "%s, by %s at %s" % (pinned["why"], pinned["by"], pinned["since"]) if pinned else "",
         "under_way": under_way(store),
+        "begun": journal["kind"] if journal and journal["record"]["release"] != state.get("current") else "",
         "kept": [
             dict({key: entry.get(key, "") for key in BRIEF}, left=entry["release"] in left)
             for entry in sorted(kept, key=lambda entry: entry["release"] in left)

@@ -13,7 +13,8 @@ author: The nemo platform project (@nemo-platform)
 description:
   - Puts the newest image of the registry against what each host of a service runs. Connects to nothing, and releases nothing.
   - Nothing is to be released where the service is pinned or held by the inventory, where somebody is releasing it, where the newest
-    tag failed or was rolled back on one of its hosts before, or where all hosts run it, or something newer, already.
+    tag failed or was rolled back on one of its hosts before, where a host runs a tag outside of the rule that somebody deployed, or
+    where all hosts run it, or something newer, already.
   - A host on which the service was never released is left out.
 options:
   service:

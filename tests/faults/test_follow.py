@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-# Later than those of any run before: hosts remember what failed.
+# Hosts remember what failed: tags are later than those of any run before. A second gone by is a minute of theirs, as tags have no seconds.
 BEGAN = datetime.datetime(2099, 1, 1) + datetime.timedelta(minutes=time.time() - 1.79e9)
 GOOD, BAD, *MORE = (f"{BEGAN + datetime.timedelta(minutes=minute):dev-%Y%m%d-%H%M}" for minute in range(5))
 # The unit fails where a release does; the state says which.

@@ -138,7 +138,23 @@ def test_what_no_image_did_does_not_count(follower: Follower, line: str) -> None
     state = follower.state()
     assert "stopped" not in state
     assert not state.get("failures")
-    assert "dev-2 COULD NOT BE RELEASED" in state["text"]
+    assert "dev-2 COULD NOT BE RELEASED (look 4 of 10)" in state["text"]
+
+
+def test_what_no_image_did_is_not_tried_for_ever(follower: Follower) -> None:
+    line = "[ERROR]: Task failed: Module failed: ai-dev: registry/ai:dev-2 failed [proxy]: it answered 400."
+    for said in (NEWER, NOTHING, NEWER, None, NEWER):  # what ends a row, and what does not
+        follower.tell(code=0 if said == NOTHING else 2, report=said, say=(line,))
+        for _ in range(1 if said is not NEWER else 5):
+            assert "stopped" not in follower.state()
+            follower("run", code=0 if said == NOTHING else 1)
+    follower("run")
+    assert [line.split()[0] for line in follower.asked] == ["follow.yml"] * 17 + ["includes/follow_stopped.yml"]
+    why = "10 looks in a row could not release dev-2; the last one: ai-dev: registry/ai:dev-2 failed [proxy]: it answered 400."
+    assert follower.state()["stopped"]["why"] == why
+    follower("resume", "ai-dev")
+    follower("run", code=1)
+    assert "(look 1 of 10)" in follower()
 
 
 def test_what_an_image_did_counts_beside_a_host_that_is_away(follower: Follower) -> None:

@@ -5,8 +5,8 @@ stop SERVICE WHY   nothing is released by itself any more, until somebody says r
 resume SERVICE     it follows again, and its failures are forgotten
 run                what nemo-follow.timer starts: playbooks/follow.yml for each service, one after the other
 
-A service that has failed too often in a row is stopped, and the releases' webhook is told. Only what an image did counts: a host,
-a registry or a disk that is in the way is tried again the next time. Standard library only.
+A service that has failed too often in a row is stopped, and the releases' webhook is told. A host, a registry or a disk that is in
+the way is tried again the next time, and more often than an image. Standard library only.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ LONGEST_TEXT = 500
 ERROR = re.compile(r"^\[ERROR\]: (?:Task failed: )?(?:Module failed: |Action failed: )?(.*)")
 # What lies with the image and its settings, as container_release names it (release_flow.TO_REMEMBER).
 OF_THE_IMAGE = re.compile(r" failed \[(?:unhealthy|start|bake|platform)\]: ")
+# Looks in a row whose release something else hindered, most of an hour by default: each may have moved the traffic there and back.
+HINDERED = 10
 
 
 class Refused(Exception):
@@ -156,7 +158,7 @@ def follow(service: str, limit: int) -> bool:
     report.unlink(missing_ok=True)
     code, lines = play(service, report)
     said = reported(report)
-    given_up = False
+    why = ""
     last = {"at": now(), "tag": said.get("tag", ""), "result": "nothing", "text": said.get("why", "")}
     with alone(service):
         state = read(service)  # somebody may have stopped it meanwhile
@@ -166,6 +168,9 @@ def follow(service: str, limit: int) -> bool:
             last.update(result="unable", text=reason_of(lines))
         elif code and not OF_THE_IMAGE.search(reason_of(lines)):
             last.update(result="hindered", text=reason_of(lines))
+            state["hindered"] = state.get("hindered", 0) + 1
+            if state["hindered"] >= HINDERED:
+                why = f"{HINDERED} looks in a row could not release {last['tag']}; the last one: {last['text']}"
         elif code:
             last.update(result="failed", text=reason_of(lines))
             state["failures"] = [
@@ -175,15 +180,17 @@ def follow(service: str, limit: int) -> bool:
             if len(state["failures"]) >= limit:
                 tags = ", ".join(str(failure["tag"]) for failure in state["failures"])
                 why = f"{len(state['failures'])} releases in a row failed ({tags}); the last one: {last['text']}"
-                state["stopped"] = {"since": now(), "by": "nemo-follow", "why": why}
-                given_up = True
-        elif said.get("hosts"):
-            last.update(result="released")
-            state["failures"] = []
-            state["released"] = {"at": last["at"], "tag": last["tag"]}
+        else:
+            state["hindered"] = 0
+            if said.get("hosts"):
+                last.update(result="released")
+                state["failures"] = []
+                state["released"] = {"at": last["at"], "tag": last["tag"]}
+        if why:
+            state["stopped"] = {"since": now(), "by": "nemo-follow", "why": why}
         state["last"] = last
         write(service, state)
-    if given_up:
+    if why:
         announce(service)
     print(f"{service}: {text_of(state)}", flush=True)
     return last["result"] in ("nothing", "released", "locked")
@@ -207,7 +214,7 @@ def text_of(state: dict[str, Any]) -> str:
         return "it was not looked at yet"
     what = {"nothing": "nothing to release", "released": f"released {last['tag']}", "failed": f"{last['tag']} FAILED",
             "locked": "an operator's run was in the way", "unable": "CANNOT LOOK",
-            "hindered": f"{last['tag']} COULD NOT BE RELEASED"}  # fmt: skip
+            "hindered": f"{last['tag']} COULD NOT BE RELEASED (look {state.get('hindered')} of {HINDERED})"}  # fmt: skip
     text = f"{what.get(last['result'], last['result'])} at {last['at']}: {last['text']}"
     return f"{text} (failed in a row: {len(failures)})" if failures and last["result"] != "failed" else text
 
@@ -240,7 +247,7 @@ def change(act: str, service: str, why: str) -> int:
             state["stopped"] = {"since": now(), "by": who(), "why": why or "no reason was given"}
         else:
             state.pop("stopped", None)
-            state["failures"] = []
+            state.update(failures=[], hindered=0)
         write(service, state)
     print(f"{service}: {text_of(state)}" if act == "stop" else f"{service} follows its registry again")
     return 0

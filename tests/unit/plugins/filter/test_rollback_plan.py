@@ -58,13 +58,52 @@ FAILED = {"history": [{"result": "failed", "kind": "release", "tag": "prod-x", "
 def test_what_is_refused_without_a_name(found: dict[str, Any], text: str) -> None:
     problem = rollback_plan(found)["problem"]
     assert text in problem
-    assert "-e release=TAG" in problem
+    assert "; to go back all the same, name" in problem or problem.endswith("deploy one: playbooks/deploy.yml")
+
+
+def test_what_there_is_to_name_is_on_all_hosts_is_good_and_is_a_move() -> None:
+    one = runs("one", C, {**B, "left": True}, A, **FAILED)
+    problem = rollback_plan({"one": one, "two": runs("two", C, A, B)})["problem"]
+    assert problem.endswith(f"; to go back all the same, name what all of them get: -e release=sha256:1 ({A['tag']})")
+    problem = rollback_plan({"one": runs("one", B, A), "two": runs("two", A, B)})["problem"]
+    assert problem.endswith(f" -e release=sha256:2 ({B['tag']}) or -e release=sha256:1 ({A['tag']})")
+    problem = rollback_plan({"one": runs("one", C, A), "two": runs("two", C, B)})["problem"]
+    assert problem.endswith("; they have no other release in common, so deploy one: playbooks/deploy.yml")
 
 
 def test_with_a_name_hosts_that_differ_get_the_same() -> None:
-    found = {"one": runs("one", C, B, A, **FAILED), "two": runs("two", B, A), "three": runs("three", A)}
+    found = {"one": runs("one", C, B, A, **FAILED), "two": runs("two", B, A)}
     for name in (A["tag"], A["digest"]):
         assert rollback_plan(found, name) == {"problem": "", "releases": dict.fromkeys(found, name)}
+
+
+def test_the_id_of_one_host_is_its_image_on_the_others() -> None:
+    plan = rollback_plan({"one": runs("one", C, A), "two": runs("two", B, A)}, f"one {A['tag']}")
+    assert plan == {"problem": "", "releases": {"one": f"one {A['tag']}", "two": "sha256:1"}}
+
+
+def test_a_host_that_runs_what_is_named_keeps_it_where_others_do_not() -> None:
+    found = {"one": runs("one", C, A), "two": runs("two", A, {**A, "left": False})}
+    assert rollback_plan(found, "sha256:1")["releases"] == {"one": "sha256:1", "two": f"two {A['tag']}"}
+    found["one"] = runs("one", A, A)
+    assert rollback_plan(found, "sha256:1")["releases"] == dict.fromkeys(found, "sha256:1")
+
+
+KILLED = {"under_way": "interrupted: release of prod-y by bob", "begun": "release"}
+
+
+def test_a_killed_release_is_gone_back_from_to_the_one_that_it_was_to_replace() -> None:
+    found = {"one": runs("one", B, A, **KILLED), "two": runs("two", B, A, **FAILED), "three": runs("three", B)}
+    plan = {"problem": "", "releases": {host: f"{host} {B['tag']}" for host in found}}
+    assert rollback_plan(found) == plan
+    found["two"] = runs("two", A, **KILLED)
+    assert "do not run one release" in rollback_plan(found)["problem"]
+
+
+@pytest.mark.parametrize("begun", [pytest.param("rollback", id="it-goes-on"), pytest.param("", id="it-was-committed")])
+def test_other_killed_runs_do_not_change_where_a_rollback_goes(begun: str) -> None:
+    found = {"one": runs("one", B, A, **{**KILLED, "begun": begun})}
+    assert rollback_plan(found) == {"problem": "", "releases": {"one": f"one {A['tag']}"}}
 
 
 def test_a_name_that_not_all_hosts_have_or_that_is_not_one_image() -> None:

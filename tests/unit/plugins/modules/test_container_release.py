@@ -429,6 +429,21 @@ def test_module_waits_for_the_lock_and_names_the_holder(
     assert "bob since 2026-11-22T10:00:00Z" in failed["msg"]
 
 
+def test_module_leaves_only_what_was_seen_to_answer(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    world.release(1)
+    seen = world.release(2).current
+    world.release(4)
+    params = world.params(None, state="rolled_back", image=None, port=None, release=ONE, current=seen)
+    refused = run_module(world, params, monkeypatch, capfd)
+    said = f"the rollback to {ONE} failed [lock]: another run was faster, and {TAGS[4]} answers since this one looked. "
+    assert said in refused["msg"]
+    world.expect_settled(TAGS[4])
+    assert run_module(world, {**params, "current": world.state()["current"]}, monkeypatch, capfd)["changed"]
+    world.expect_settled(ONE)
+
+
 def test_documentation_and_arguments_agree() -> None:
     import yaml
 

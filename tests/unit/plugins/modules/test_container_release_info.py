@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -54,6 +55,42 @@ def test_where_a_rollback_goes(world: World) -> None:
     assert rollback_plan({"host": [look(world)]}, TAGS[1]) == {"problem": "", "releases": {"host": TAGS[1]}}
 
 
+class Killed(BaseException):
+    """The run is gone."""
+
+
+def test_a_rollback_after_a_killed_release_goes_to_the_one_that_it_was_to_replace(tmp_path: Path) -> None:
+    ends: list[str] = []
+    for moment in range(0, 1000, 3):
+        (tmp_path / str(moment)).mkdir()
+        world = World(tmp_path / str(moment))
+        world.release(1)
+        world.release(2)
+        left = [moment]
+
+        def event(_what: str, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+
+        releaser = world.releaser(world.params(4), event=event)
+        with contextlib.suppress(Killed):
+            world.act(releaser)
+        releaser.images_lock.release()  # as the end of the process would
+        world.guard_acts()
+        found = look(world)
+        plan = rollback_plan({"host": [found]})
+        assert plan["problem"] == ""
+        world.rollback(release=plan["releases"]["host"])
+        ends.append(found["begun"] or found["tag"])
+        world.expect_settled(TAGS[1] if ends[-1] == TAGS[2] else TAGS[2])
+        if ends[-1] == TAGS[4]:
+            break
+    assert list(dict.fromkeys(ends)) == [TAGS[2], "release", TAGS[4]], (
+        "a kill before, in the middle, and after it counts"
+    )
+
+
 def test_a_state_that_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "ai-prod").mkdir()
     (tmp_path / "ai-prod/state.json").write_text('{"form')
@@ -80,7 +117,9 @@ def test_a_release_under_way_and_one_that_was_interrupted(world: World) -> None:
     store = logic.Store("ai-prod", str(world.path / "lib"), str(world.path / "run"))
     record = {"tag": TAGS[2], "release": "x"}
     store.write("transition.json", {"kind": "release", "by": "bob", "since": "then", "record": record})
-    assert look(world)["under_way"].startswith(f"interrupted: release of {TAGS[2]} by bob, begun at then")
+    found = look(world)
+    assert found["under_way"].startswith(f"interrupted: release of {TAGS[2]} by bob, begun at then")
+    assert found["begun"] == "release"
     lock = logic.Lock(store.lock_path)
     lock.acquire(0)
     lock.sign({"by": "carol", "since": "now", "pid": os.getpid(), "what": TAGS[2]})

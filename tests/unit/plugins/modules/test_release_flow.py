@@ -1064,7 +1064,7 @@ def test_the_site_keeps_what_runs_where_the_newest_has_failed(world: World) -> N
         done = world.act(world.releaser(world.params(3, intent="converge"), check_mode=check_mode))
         assert (done.changed, done.action) == (False, "none")
         assert f"runs {ONE}, and {BROKEN} is not tried again" in done.kept
-        assert done.warnings == [done.kept]
+        assert done.warnings == [f"{done.kept}. {logic.ADVICE['failed_before']}"]
     assert world.failing(3)[0].reason == "failed_before"
     world.change(behaviour="unhealthy")
     assert world.failing(3, intent="converge")[0].reason == "failed_before", "what runs is nothing to keep"
