@@ -16,6 +16,7 @@ Nothing here may rely on a ``finally`` clause or an exception handler to leave t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ import random
 import re
 import secrets as random_source
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, NoReturn, Protocol
 
 from ansible_collections.nemo.platform.plugins.module_utils.container_release import (
@@ -75,6 +76,7 @@ CONTAINERD = "/var/lib/containerd"
 PROBES_LOST = 3  # health questions in a row without a good answer that end a release's watch
 RULE = re.compile(r"^(.+)-(\d{8}-\d{4})$")  # tags of one service, in the order of their time
 TO_REMEMBER = ("unhealthy", "start", "bake", "platform")  # what lies with the image and its settings
+SAME = ("tag", "digest", "kind", "by", "result", "reason")  # of two tries that are one for the history
 
 
 class Proxy(Protocol):
@@ -281,7 +283,35 @@ class Releaser:
             "reason": reason,
             "text": text[:300],
         }
+        if reason and self.history and all(self.history[0].get(key) == entry[key] for key in SAME):
+            self.history.pop(0)  # what is tried every few minutes would leave no room for who released what
         self.history.insert(0, entry)
+
+    @contextlib.contextmanager
+    def on_record(self) -> Iterator[None]:
+        """A release that fails before it began is one of the past too: who then rolls back by reflex would leave what is good."""
+        try:
+            yield
+        except Exception as error:
+            self.record_failure(release_error(error))
+            raise
+
+    def record_failure(self, error: ReleaseError) -> None:
+        if error.reason in ("lock", "state"):  # another run is at work, or nobody knows what there is
+            return
+        try:
+            self.load()  # what the failed run has in mind was not written
+            if self.record and self.record["spec"] == spec_of(self.foreseen()):
+                return  # to ask for what is there is no release
+            tag, last = self.params["tag"], self.history[0] if self.history else {}
+            if error.reason == "failed_before" and (last.get("tag"), last.get("result")) == (tag, "failed"):
+                return  # the failure itself says more
+            wanted = {"release": "", "tag": tag, "digest": self.params["digest"] or ""}
+            journal = {"record": wanted, "kind": "release", "by": self.by, "since": utc_now()}
+            self.remember(journal, "failed", error.reason, error.text)
+            self.save()
+        except Exception as second:
+            self.warnings.append("its failure is not recorded: %s" % release_error(second).text)
 
     # -- what stands on the host
 
@@ -308,6 +338,13 @@ class Releaser:
         secrets = {key: environment_text(value) for key, value in (self.params["secrets"] or {}).items()}
         return settings_of(self.params, digest, self.store.revision(secrets, create=not self.check_mode))
 
+    def foreseen(self) -> Settings:
+        """What is wanted, as far as that is known without a pull."""
+        digest, record = self.params["digest"] or None, self.record
+        if not digest and record and record["tag"] == self.params["tag"]:
+            digest = record["digest"]  # what the tag points at today is only known after a pull
+        return self.wanted(digest)
+
     @property
     def wanted_public(self) -> ProxySettings:
         """The public port as it is asked for; who only rolls back leaves it as it is."""
@@ -321,20 +358,30 @@ class Releaser:
         self.hold()
         digest: str | None = self.params["digest"] or None
         if self.check_mode:
-            self.predict(digest)
+            self.predict()
             return
-        if not self.proxy.installed():
-            raise ReleaseError("proxy_missing", "there is no haproxy command on this host")
-        wanted = self.wanted(digest)
-        self.before = (self.record or {}).get("settings")
-        journal = self.recover(spec_of(wanted) if digest else None)
+        with self.on_record():
+            if not self.proxy.installed():
+                raise ReleaseError("proxy_missing", "there is no haproxy command on this host")
+            wanted = self.wanted(digest)
+            self.before = (self.record or {}).get("settings")
+            journal = self.recover(spec_of(wanted) if digest else None)
         if journal:
             self.after = wanted
             journal["kind"] = "release"  # whatever the killed run called it
             self.advance(journal)
             return
+        with self.on_record():
+            found = self.prepare(wanted, digest)
+        if found:
+            record, image = found
+            self.after = record["settings"]
+            self.begin(record, "release", image)
+
+    def prepare(self, wanted: Settings, digest: str | None) -> tuple[Record, Record] | None:
+        """The wanted release and its image, None where there is nothing to do."""
         if digest and (self.is_there(wanted) or self.failed_before(wanted)):
-            return
+            return None
         self.need_on_host(wanted)
         self.lock_images()
         self.preflight()
@@ -343,15 +390,14 @@ class Releaser:
             if not digest:
                 wanted = self.wanted(self.resolved(image))
                 if self.is_there(wanted) or self.failed_before(wanted):
-                    return
+                    return None
             self.check_platform(image, wanted)
         except ReleaseError as error:
             if error.reason in TO_REMEMBER and wanted["digest"]:
                 self.mark_failed(self.new_record(wanted, {"Id": ""}), error.reason, error.text)
                 self.save()
             raise
-        self.after = wanted
-        self.begin(self.new_record(wanted, image), "release", image)
+        return self.new_record(wanted, image), image
 
     def is_there(self, wanted: Settings) -> bool:
         """The wanted release answers already; one that is only slow or still starting gets its time."""
@@ -494,14 +540,12 @@ class Releaser:
         self.after = self.before
         return True
 
-    def predict(self, digest: str | None) -> None:
+    def predict(self) -> None:
         """Check mode: look, and touch nothing."""
         self.look()
         record = self.record
         self.before = (record or {}).get("settings")
-        if not digest and record and record["tag"] == self.params["tag"]:
-            digest = record["digest"]  # what the tag points at today is only known after a pull
-        self.after = self.wanted(digest)
+        self.after = self.foreseen()
         box = self.boxes.get(self.current)
         if not record:
             self.changed, self.action = True, "replaced" if self.legacy else "released"

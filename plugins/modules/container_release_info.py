@@ -64,7 +64,12 @@ services:
     under_way: {description: Which release is being made by whom since when; empty when none is., type: str}
     kept: {description: "Releases that can be rolled back to, the next one first.", type: list, elements: dict}
     failed: {description: "Releases that failed and are not tried again by themselves.", type: list, elements: dict}
-    history: {description: "Releases and rollbacks, the last one first, with result and duration.", type: list, elements: dict}
+    history:
+      description:
+        - Releases and rollbacks, the last one first, with result and duration; releases that failed before they began too.
+        - One that fails again in the same way takes the place of the one before.
+      type: list
+      elements: dict
 """
 
 import os

@@ -342,7 +342,7 @@ def test_no_request_fails_on_two_hosts_and_the_first_proves_for_the_second(runni
         assert TAGS["unhealthy"] not in seen["releases"]
     assert "failed [unhealthy]" in said
     assert "PLAY RECAP" in said
-    assert "was taken back by itself" in refused, "it would take both from the good release to the one before"
+    assert f"of {TAGS['unhealthy']}, failed at" in refused, "it would take both from the good release to the one before"
     assert tried() == before, "the second host tried it too"
     for host in (running.service, running.second):
         assert running.answering(host) == TAGS["healthy"]

@@ -548,6 +548,75 @@ def test_a_failing_pull_never_touches_the_old_release(world: World, reason: str)
     world.expect_settled(ONE)
 
 
+@pytest.mark.parametrize("reason", [*PULL_ERRORS, "mount", "proxy_missing", "memory"])
+def test_what_failed_before_it_began_is_recorded_once(world: World, reason: str) -> None:
+    """Who does not see it goes back by reflex, and leaves the release that is good."""
+    world.release(1)
+    values: dict[str, Any] = {}
+    if reason in PULL_ERRORS:
+        world.engine.set(errors={"pull": PULL_ERRORS[reason]})
+    elif reason == "mount":
+        values = {"mounts": [{"source": "/nowhere/at/all", "target": "/models", "read_only": True}]}
+    elif reason == "proxy_missing":
+        world.proxy.set(installed=False)
+    else:
+        values = {"memory": "1000g"}
+    for _attempt in range(2):
+        error, _done = world.failing(2, force=True, **values)
+        assert error.reason == reason
+        entry, before = world.state()["history"]
+        assert (entry["tag"], entry["result"], entry["reason"], entry["by"]) == (TWO, "failed", reason, "tester")
+        assert entry["text"] in error.text
+        assert (before["tag"], before["result"]) == (ONE, "ok")
+    world.failing(4, force=True, **values)
+    assert [entry["tag"] for entry in world.state()["history"]] == [FOUR, TWO, ONE]
+
+
+def test_what_is_refused_because_it_failed_before_hides_no_failure(world: World) -> None:
+    world.release(1)
+    world.failing(3)
+    for _attempt in range(2):
+        assert world.failing(3)[0].reason == "failed_before"
+        assert [entry["reason"] for entry in world.state()["history"]] == ["unhealthy", ""]
+    world.release(2)
+    for _attempt in range(2):
+        world.failing(3)
+        assert [entry["reason"] for entry in world.state()["history"]] == ["failed_before", "", "unhealthy", ""]
+    assert "[unhealthy]" in world.state()["history"][0]["text"]
+
+
+def test_a_failure_to_see_to_what_is_there_is_no_release(world: World) -> None:
+    world.release(1)
+    world.proxy.set(error="HAProxy refuses its configuration")
+    for digest in (image(1)["digest"], None):
+        assert world.failing(1, digest=digest, proxy_keep_alive=30)[0].reason == "proxy"
+    assert len(world.state()["history"]) == 1
+
+
+def test_a_lock_that_another_run_keeps_is_no_failed_release(world: World) -> None:
+    world.release(1)
+    lock = logic.Lock(str(world.path / "run/images.lock"))
+    assert lock.try_acquire()
+    assert world.failing(2, lock_timeout=0)[0].reason == "lock"
+    lock.release()
+    assert len(world.state()["history"]) == 1
+
+
+def test_a_failure_that_cannot_be_recorded_is_still_the_one_that_is_told(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.release(1)
+
+    def full(_self: logic.Store, _what: str, _data: dict[str, Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(logic.Store, "write", full)
+    world.engine.set(errors={"pull": PULL_ERRORS["not_found"]})
+    error, done = world.failing(2)
+    assert error.reason == "not_found"
+    assert any("not recorded: " in text for text in done.warnings)
+
+
 def test_a_failing_create_never_touches_the_old_release(world: World) -> None:
     world.release(1)
     world.engine.set(errors={"container create": "mkdir: no space left on device"})
