@@ -41,6 +41,8 @@ LOG_LINES = 20
 RESTART = "unless-stopped"  # of every container that serves
 DOCKER_SECONDS = 60  # for a docker command; longer where the engine has more to do
 TIMED_OUT = (124, 137, -9)  # of timeout(1), which dies of its own SIGKILL where the command outlives SIGTERM
+# What may hang for the sake of the one container that is its last word: a process that waits for a disk or a card does not end.
+OF_ONE = tuple(("container", what) for what in ("start", "stop", "restart", "unpause", "rm"))
 LOG_SEARCHED = 2000  # the last lines in which the reason of a failure is looked for
 PROBE_AGENT = "nemo-container-release"  # how health questions name themselves
 
@@ -802,6 +804,10 @@ class Docker:
         if not self.timeout_command:
             return self.run(["docker"] + list(words))
         rc, out, err = self.run([self.timeout_command, "--kill-after=10", str(seconds), "docker"] + list(words))
+        if rc in TIMED_OUT and tuple(words[:2]) in OF_ONE:
+            box = self.containers(words[-1:]).get(words[-1])  # says so itself where it is the engine that hangs
+            text = "docker container %s %s took more than %d s; the engine answers, and the container is %s"
+            raise ReleaseError("docker", text % (words[1], words[-1], seconds, box.status if box else "gone"))
         if rc in TIMED_OUT:
             text = "the Docker Engine does not answer: docker %s took more than %d s"
             raise ReleaseError("engine_down", text % (" ".join(words[:2]), seconds))
