@@ -54,13 +54,14 @@ ADVICE = {
     "lock": "Wait for that run to end, then run again.",
     "bake": "Read the log lines of the failed release. It was healthy, and then failed with real traffic: mend it, and"
     " release it under a new tag, or with force.",
-    "failed_before": "Release a newer image. To try this one again all the same, set force (-e force=true).",
+    "failed_before": "Release a newer image. To try this one again all the same, set force: playbooks/deploy.yml -e force=true, or"
+    " playbooks/vllm.yml -e vllm_force=true.",
     "mount": "Mount what is missing on this host, or name another folder; nothing was stopped.",
     "runtime": "Install that runtime and name it in the engine's daemon.json (role docker_engine, docker_engine_runtimes).",
     "memory": "Lower the service's memory, free memory on the host, or let the old release stop before the new one starts:"
-    " strategy stop-start (-e strategy=stop-start for one run).",
+    " strategy stop-start, in the inventory, or for one run by playbooks/deploy.yml -e strategy=stop-start.",
     "no_release": "Name one of the releases that this host has kept; playbooks/releases.yml lists them.",
-    "proxy": "Look at its journal: journalctl -u 'nemo-proxy-*' -n 50. The release that answered before still does.",
+    "proxy": "Look at its journal: journalctl -u 'nemo-proxy-*' -n 50.",
     "proxy_missing": "Install HAProxy on this host first: it owns the service's public port (role container_service does).",
     "no_space": "Free space on this host: docker system df; docker image prune; journalctl --vacuum-size=200M.",
     "not_found": "Check the repository and the tag: it was never pushed, or a lifecycle rule has removed it.",

@@ -928,7 +928,8 @@ class Releaser:
             self.proxy.end_detour(public, journal["detour"], self.params["drain_timeout"])
 
     def commit(self, journal: Record) -> None:
-        self.keep_up(journal)
+        if journal["standby"]:  # else it is so since it was led to
+            self.keep_up(journal)
         record = dict(journal["record"], since=utc_now(), by=journal["by"], kind=journal["kind"])
         if journal["kind"] == "release":
             record["intent"] = "deploy" if self.kept else self.params["intent"]

@@ -98,6 +98,16 @@ def test_a_switch_is_no_reload(world: World) -> None:
     assert world.proxy.calls == ["switch with standby", "switch"]
 
 
+@pytest.mark.parametrize("values", [{}, {"bake_time": 0}, {"strategy": "stop-start"}])
+def test_what_is_led_to_comes_back_by_itself_from_one_update_on(world: World, values: dict[str, Any]) -> None:
+    world.release(1)
+    world.engine.calls.clear()
+    world.release(2, **values)
+    updates = [words for words in world.engine.calls if words[:2] == ["container", "update"] and logic.RESTART in words]
+    assert len(updates) == 1
+    assert world.box()["policy"] == logic.RESTART
+
+
 def test_old_releases_go_and_so_do_images_that_no_kept_release_needs(world: World) -> None:
     for number in (1, 2, 4):
         world.release(number, keep=1)
