@@ -40,6 +40,9 @@ RESERVED_ENVIRONMENT = ("IMAGE_TAG", "IMAGE_DIGEST", "RELEASE_ID")
 LOG_LINES = 20
 RESTART = "unless-stopped"  # of every container that serves
 DOCKER_SECONDS = 60  # for a docker command; longer where the engine has more to do
+# What new hosts have from Docker 29 on; the engine tells the folder of everything else alone.
+CONTAINERD_STORE = "io.containerd.snapshotter.v1"
+CONTAINERD_ROOT = "/var/lib/containerd"
 TIMED_OUT = (124, 137, -9)  # of timeout(1), which dies of its own SIGKILL where the command outlives SIGTERM
 # What may hang for the sake of the one container that is its last word: a process that waits for a disk or a card does not end.
 OF_ONE = tuple(("container", what) for what in ("start", "stop", "restart", "unpause", "rm"))
@@ -787,6 +790,14 @@ class Container(NamedTuple):
             inside=inside,
             policy=(restart.get("Name") or "no") + (":%d" % most if most else ""),
         )
+
+
+def image_folders(info: Mapping[str, Any]) -> list[str]:
+    """What a pull fills: the engine's own folder and, where images are containerd's, that of containerd, in which they are unpacked."""
+    folders = [info.get("DockerRootDir") or "/var/lib/docker"]
+    if ["driver-type", CONTAINERD_STORE] in (info.get("DriverStatus") or []) and os.path.isdir(CONTAINERD_ROOT):
+        folders.append(CONTAINERD_ROOT)
+    return folders
 
 
 class Docker:

@@ -47,6 +47,7 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     create_arguments,
     environment_text,
     health_of,
+    image_folders,
     listener,
     memory_now,
     parse_size,
@@ -72,7 +73,6 @@ SPEAK_EVERY = 10.0  # seconds between two words on a phase that lasts
 READ_EVERY = 2.0  # seconds between two looks at the log of a release that is not healthy yet
 HISTORY = 50  # releases that the state remembers
 FAILURES = 20  # failed releases that it remembers
-CONTAINERD = "/var/lib/containerd"
 PROBES_LOST = 3  # health questions in a row without a good answer that end a release's watch
 RULE = re.compile(r"^(.+)-(\d{8}-\d{4})$")  # tags of one service, in the order of their time
 TO_REMEMBER = ("unhealthy", "start", "bake", "platform")  # what lies with the image and its settings
@@ -209,8 +209,7 @@ class Releaser:
         self.after: Settings | None = None
         self.images_lock = Lock(store.images_lock_path)
         self.server = ""
-        self.data_root = "/var/lib/docker"
-        self.containerd = False  # whether images are containerd's, in a folder of its own
+        self.image_folders: list[str] = []
         self.boxes: dict[str, Container] = {}
         self.legacy: Container | None = None
         try:
@@ -1354,8 +1353,7 @@ class Releaser:
     def preflight(self) -> None:
         info = self.docker.info()
         self.server = "%s/%s" % (info.get("OSType", "linux"), architecture(info.get("Architecture", "")))
-        self.data_root = info.get("DockerRootDir") or self.data_root
-        self.containerd = "io.containerd.snapshotter" in json.dumps(info.get("DriverStatus") or [])
+        self.image_folders = image_folders(info)
         total = info.get("MemTotal") or 0
         memory = parse_size(self.params["memory"])
         if total and memory > total:
@@ -1442,7 +1440,7 @@ class Releaser:
     def least_free(self) -> tuple[float, str]:
         """Megabytes of the fuller one of the folders that a pull fills."""
         found = [(math.inf, "")]
-        for folder in [self.data_root] + ([CONTAINERD] if self.containerd else []):
+        for folder in self.image_folders:
             try:
                 state = os.statvfs(folder)
             except OSError:

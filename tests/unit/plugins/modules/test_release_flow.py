@@ -937,18 +937,19 @@ def test_a_full_disk_is_refused_before_the_pull_and_old_images_go_first(world: W
     world.expect_settled(ONE)
 
 
-def test_a_full_disk_of_containerd_s_own_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_of_containerd_s_own_is_seen(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    full = tmp_path / "containerd"
+    full.mkdir()
+    monkeypatch.setattr(logic, "CONTAINERD_ROOT", str(full))
     world.engine.set(storage=[["driver-type", "io.containerd.snapshotter.v1"]])
     real = os.statvfs
 
     def statvfs(path: str) -> Any:
-        return (
-            os.statvfs_result((4096, 4096, 9, 9, 1, 9, 9, 9, 0, 255)) if path == release_flow.CONTAINERD else real(path)
-        )
+        return os.statvfs_result((4096, 4096, 9, 9, 1, 9, 9, 9, 0, 255)) if path == str(full) else real(path)
 
     monkeypatch.setattr(os, "statvfs", statvfs)
     error, _done = world.failing(1, min_free_disk_mb=1)
-    assert (error.reason, release_flow.CONTAINERD in error.text) == ("no_space", True)
+    assert (error.reason, str(full) in error.text) == ("no_space", True)
 
 
 def test_a_failing_commit_is_undone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
