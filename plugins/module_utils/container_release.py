@@ -741,6 +741,7 @@ class Container(NamedTuple):
     policy: str = RESTART
     pid: int = 0
     address: str = ""  # in a network of the engine
+    id: str = ""  # which outlives a change of name
     inside: Mapping[int, int] = MappingProxyType({})  # port in the container, by the port of the host that leads to it
 
     @property
@@ -788,6 +789,7 @@ class Container(NamedTuple):
             pid=int(state.get("Pid") or 0),
             address=next((entry["IPAddress"] for entry in networks if entry.get("IPAddress")), ""),
             inside=inside,
+            id=data.get("Id") or "",
             policy=(restart.get("Name") or "no") + (":%d" % most if most else ""),
         )
 

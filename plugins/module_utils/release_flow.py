@@ -235,6 +235,8 @@ class Releaser:
         self.history: list[Record] = list(data.get("history") or [])
         self.public: ProxySettings | None = data.get("proxy") or None
         self.ports: Ports = dict(data.get("ports") or {})
+        # Its id, as an operator may give that name to a container of his own.
+        self.aside: str = data.get("put_aside") or ""
 
     def save(self) -> None:
         self.store.write(
@@ -248,6 +250,7 @@ class Releaser:
                 "history": self.history[:HISTORY],
                 "proxy": self.public,
                 "ports": self.ports,
+                "put_aside": self.aside,
             },
         )
 
@@ -318,6 +321,8 @@ class Releaser:
         names = [self.name, "%s.next" % self.name, "%s.previous" % self.name, self.put_aside]
         found = self.docker.containers(names + [n for n in self.docker.of_service(self.name) if n not in names])
         self.old_scheme = {name: entry for name, entry in found.items() if name in names}
+        if self.put_aside in self.old_scheme and self.old_scheme[self.put_aside].id != self.aside:
+            del self.old_scheme[self.put_aside]
         self.legacy = self.old_scheme.get(self.name)
         self.boxes = {entry.release: entry for name, entry in found.items() if name not in names and entry.release}
 
@@ -1007,8 +1012,13 @@ class Releaser:
             if self.put_aside in self.old_scheme:
                 self.docker.remove(self.put_aside, volumes=False)
             self.docker.restart_policy("no", self.name)
-            self.docker.rename(self.name, self.put_aside)
-            text = "the container %s that served before is kept, stopped, as %s, until the next release"
+            if self.docker.containers([self.put_aside]):
+                text = "the container %s that served before is kept, stopped: another has the name %s"
+            else:
+                self.aside = self.legacy.id if self.legacy else ""
+                self.save()
+                self.docker.rename(self.name, self.put_aside)
+                text = "the container %s that served before is kept, stopped, as %s, until the next release"
             self.warnings.append(text % (self.name, self.put_aside))
         self.legacy = None
 

@@ -1235,6 +1235,39 @@ def test_a_container_of_other_origin_is_moved_from(world: World) -> None:
     assert "ai-prod.before" not in world.engine.containers()
 
 
+def test_what_an_operator_has_put_aside_is_not_removed(world: World) -> None:
+    world.release(1)
+    world.engine.container("ai-prod.before", status="exited", port=9)
+    world.release(2)
+    absent = world.releaser(world.params(None, state="absent", image="registry/ai"))
+    absent.absent()
+    assert list(world.engine.containers()) == ["ai-prod.before"]
+    again = world.releaser(world.params(None, state="absent", image="registry/ai"))
+    again.absent()
+    assert not again.changed
+
+
+def test_what_a_release_has_put_aside_goes_with_the_service(world: World) -> None:
+    world.engine.container("ai-prod", port=PORT)
+    world.release(1)
+    assert "ai-prod.before" in world.engine.containers()
+    world.releaser(world.params(None, state="absent")).absent()
+    assert world.engine.containers() == {}
+
+
+def test_a_container_keeps_its_name_where_another_has_the_one_of_what_is_put_aside(world: World) -> None:
+    world.engine.container("ai-prod", port=PORT)
+    world.engine.container("ai-prod.before", status="exited", port=9, behaviour="nostart")
+    done = world.release(1)
+    for number in (2, 4):
+        containers = world.engine.containers()
+        assert containers["ai-prod"]["status"] == "exited"
+        assert containers["ai-prod.before"]["behaviour"] == "nostart"
+        world.release(number)
+        assert world.answering() == TAGS[number]
+    assert any("is kept, stopped: another has the name ai-prod.before" in text for text in done.warnings)
+
+
 @pytest.mark.parametrize("foreign", [False, True])
 def test_a_move_goes_back_without_a_gap(world: World, foreign: bool) -> None:
     world.engine.container("ai-prod", port=PORT) if foreign else world.old_container(1)
