@@ -1411,7 +1411,7 @@ class Releaser:
             self.need_space()
             self.say("pulling %s" % reference)
             try:
-                self.docker.pull(reference, self.params["pull_timeout"])
+                self.pull(reference)
             except ReleaseError as error:
                 local = self.docker.image(reference) if not digest and error.reason == "not_found" else None
                 if not local:
@@ -1421,6 +1421,16 @@ class Releaser:
         if not image:
             raise ReleaseError("not_found", "%s was pulled, and is gone again" % reference)
         return image
+
+    def pull(self, reference: str) -> None:
+        try:
+            self.docker.pull(reference, self.params["pull_timeout"])
+        except ReleaseError as error:
+            if "no basic auth" not in error.text:
+                raise
+            # A credential helper that is too slow, on a host with much to do, looks like one that has nothing.
+            self.sleep(2)
+            self.docker.pull(reference, self.params["pull_timeout"])
 
     def check_platform(self, image: Record, wanted: Settings) -> None:
         platform = "%s/%s" % (image.get("Os", "linux"), architecture(image.get("Architecture", "")))

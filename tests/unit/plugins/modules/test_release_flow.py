@@ -540,6 +540,7 @@ PULL_ERRORS = {
     "no_space": "write /var/lib/docker/tmp/GetImageBlob1: no space left on device",
     "platform": "no matching manifest for linux/amd64 in the manifest list entries",
 }
+NO_CREDENTIALS = "Error response from daemon: Head https://r/v2/ai/manifests/x: no basic auth credentials"
 
 
 @pytest.mark.parametrize("reason", PULL_ERRORS)
@@ -625,6 +626,34 @@ def test_a_failure_that_cannot_be_recorded_is_still_the_one_that_is_told(
     error, done = world.failing(2)
     assert error.reason == "not_found"
     assert any("not recorded: " in text for text in done.warnings)
+
+
+@pytest.mark.parametrize(
+    ("stays", "error"), [(False, NO_CREDENTIALS), (True, NO_CREDENTIALS), (True, PULL_ERRORS["authentication"])]
+)
+def test_a_credential_helper_that_was_too_slow_is_asked_once_more(world: World, stays: bool, error: str) -> None:
+    world.release(1)
+    world.engine.set(errors={"pull": error})
+    tries: list[float] = []
+
+    def event(what: str) -> None:
+        if what.startswith("docker pull"):
+            tries.append(world.now)
+            if not stays:
+                world.engine.set(errors={})
+
+    releaser = world.releaser(world.params(2), event=event)
+    began = world.now
+    if stays:
+        with pytest.raises(logic.ReleaseError) as caught:
+            releaser.present()
+        assert caught.value.reason == "authentication"
+        assert world.now - began <= 2
+        assert len(tries) == (2 if error == NO_CREDENTIALS else 1)
+    else:
+        releaser.present()
+        world.expect_settled(TWO)
+        assert len(tries) == 2
 
 
 def test_a_failing_create_never_touches_the_old_release(world: World) -> None:
