@@ -17,8 +17,8 @@ author: The nemo platform project (@nemo-platform)
 description:
   - Puts what the hosts of a service run and have kept beside each other, so that a rollback sends no two of them to different images.
   - Without a name it is the release before; where a run was killed in the middle of a release, it is the one which that was to replace.
-  - That is refused where the hosts do not run one image, do not have the same one to go back to, are being worked on, or have just
-    taken a failed release back by themselves.
+  - That is refused where the hosts do not run one image, do not have the same one to go back to, are being worked on, or where the
+    last release failed, before it began or after that, as what serves is the one before it.
 options:
   _input:
     description: Name of each host to what M(nemo.platform.container_release_info) returned for it as C(services).
@@ -82,8 +82,8 @@ def problem_before(services: Mapping[str, Mapping[str, Any]], before: Mapping[st
     for host, service in sorted(services.items()):
         last = (service.get("history") or [{}])[0]
         if last.get("result") == "failed" and before[host] is not service:
-            text = "the last %s on %s, of %s, failed at %s and was taken back by itself: %s serves"
-            return text % (last["kind"], host, last["tag"], last["at"], service["tag"] or "nothing")
+            text = "the last %s on %s, of %s, failed at %s [%s]: %s serves"
+            return text % (last["kind"], host, last["tag"], last["at"], last["reason"], service["tag"] or "nothing")
     behind = {host: image_of(entry) for host, entry in before.items()}
     if len(set(behind.values())) > 1:
         return f"its hosts have not the same release to go back to: {by_host(behind)}"

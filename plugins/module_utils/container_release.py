@@ -40,7 +40,12 @@ RESERVED_ENVIRONMENT = ("IMAGE_TAG", "IMAGE_DIGEST", "RELEASE_ID")
 LOG_LINES = 20
 RESTART = "unless-stopped"  # of every container that serves
 DOCKER_SECONDS = 60  # for a docker command; longer where the engine has more to do
+# What new hosts have from Docker 29 on; the engine tells the folder of everything else alone.
+CONTAINERD_STORE = "io.containerd.snapshotter.v1"
+CONTAINERD_ROOT = "/var/lib/containerd"
 TIMED_OUT = (124, 137, -9)  # of timeout(1), which dies of its own SIGKILL where the command outlives SIGTERM
+# What may hang for the sake of the one container that is its last word: a process that waits for a disk or a card does not end.
+OF_ONE = tuple(("container", what) for what in ("start", "stop", "restart", "unpause", "rm"))
 LOG_SEARCHED = 2000  # the last lines in which the reason of a failure is looked for
 PROBE_AGENT = "nemo-container-release"  # how health questions name themselves
 
@@ -52,14 +57,14 @@ ADVICE = {
     "lock": "Wait for that run to end, then run again.",
     "bake": "Read the log lines of the failed release. It was healthy, and then failed with real traffic: mend it, and"
     " release it under a new tag, or with force.",
-    "failed_before": "Release a newer image. To try this one again all the same, set force: playbooks/deploy.yml -e force=true (the"
-    " inference server: playbooks/vllm.yml -e vllm_force=true).",
+    "failed_before": "Release a newer image. To try this one again all the same, set force: playbooks/deploy.yml -e force=true, or"
+    " playbooks/vllm.yml -e vllm_force=true.",
     "mount": "Mount what is missing on this host, or name another folder; nothing was stopped.",
     "runtime": "Install that runtime and name it in the engine's daemon.json (role docker_engine, docker_engine_runtimes).",
     "memory": "Lower the service's memory, free memory on the host, or let the old release stop before the new one starts:"
-    " strategy stop-start (-e strategy=stop-start for one run).",
+    " strategy stop-start, in the inventory, or for one run by playbooks/deploy.yml -e strategy=stop-start.",
     "no_release": "Name one of the releases that this host has kept; playbooks/releases.yml lists them.",
-    "proxy": "Look at its journal: journalctl -u 'nemo-proxy-*' -n 50. The release that answered before still does.",
+    "proxy": "Look at its journal: journalctl -u 'nemo-proxy-*' -n 50.",
     "proxy_missing": "Install HAProxy on this host first: it owns the service's public port (role container_service does).",
     "no_space": "Free space on this host: docker system df; docker image prune; journalctl --vacuum-size=200M.",
     "not_found": "Check the repository and the tag: it was never pushed, or a lifecycle rule has removed it.",
@@ -736,6 +741,7 @@ class Container(NamedTuple):
     policy: str = RESTART
     pid: int = 0
     address: str = ""  # in a network of the engine
+    id: str = ""  # which outlives a change of name
     inside: Mapping[int, int] = MappingProxyType({})  # port in the container, by the port of the host that leads to it
 
     @property
@@ -783,8 +789,17 @@ class Container(NamedTuple):
             pid=int(state.get("Pid") or 0),
             address=next((entry["IPAddress"] for entry in networks if entry.get("IPAddress")), ""),
             inside=inside,
+            id=data.get("Id") or "",
             policy=(restart.get("Name") or "no") + (":%d" % most if most else ""),
         )
+
+
+def image_folders(info: Mapping[str, Any]) -> list[str]:
+    """What a pull fills: the engine's own folder and, where images are containerd's, that of containerd, in which they are unpacked."""
+    folders = [info.get("DockerRootDir") or "/var/lib/docker"]
+    if ["driver-type", CONTAINERD_STORE] in (info.get("DriverStatus") or []) and os.path.isdir(CONTAINERD_ROOT):
+        folders.append(CONTAINERD_ROOT)
+    return folders
 
 
 class Docker:
@@ -803,6 +818,10 @@ class Docker:
         if not self.timeout_command:
             return self.run(["docker"] + list(words))
         rc, out, err = self.run([self.timeout_command, "--kill-after=10", str(seconds), "docker"] + list(words))
+        if rc in TIMED_OUT and tuple(words[:2]) in OF_ONE:
+            box = self.containers(words[-1:]).get(words[-1])  # says so itself where it is the engine that hangs
+            text = "docker container %s %s took more than %d s; the engine answers, and the container is %s"
+            raise ReleaseError("docker", text % (words[1], words[-1], seconds, box.status if box else "gone"))
         if rc in TIMED_OUT:
             text = "the Docker Engine does not answer: docker %s took more than %d s"
             raise ReleaseError("engine_down", text % (" ".join(words[:2]), seconds))

@@ -35,9 +35,6 @@ from ansible_collections.nemo.platform.plugins.module_utils.progress import Pace
 PROGRESS_SECONDS = 5.0
 PAUSE = 2.0
 INSPECT_SECONDS = 20
-# What new hosts have from Docker 29 on; the engine tells the folder of everything else alone.
-CONTAINERD_STORE = "io.containerd.snapshotter.v1"
-CONTAINERD_ROOT = "/var/lib/containerd"
 # Failures of the way to the registry, which another try may not meet.
 PASSING = ("registry_unreachable", "pull_stalled")
 DOWNLOADED = ("Verifying Checksum", "Download complete", "Extracting", "Pull complete", "Already exists")
@@ -79,13 +76,6 @@ def compressed_size(reference: str, run: Callable[[Sequence[str], float], tuple[
             return 0
         reference = "%s@%s" % (re.sub(r"(@.*|:[^/:]*)$", "", reference), fitting[0])
     return 0
-
-
-def layers_root(info: Mapping[str, Any]) -> str:
-    """Where the engine unpacks images: its own folder, or that of containerd where images are containerd's."""
-    if ["driver-type", CONTAINERD_STORE] in (info.get("DriverStatus") or []) and os.path.isdir(CONTAINERD_ROOT):
-        return CONTAINERD_ROOT
-    return info.get("DockerRootDir") or "/var/lib/docker"
 
 
 class Layers:

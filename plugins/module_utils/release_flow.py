@@ -16,6 +16,7 @@ Nothing here may rely on a ``finally`` clause or an exception handler to leave t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ import random
 import re
 import secrets as random_source
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, NoReturn, Protocol
 
 from ansible_collections.nemo.platform.plugins.module_utils.container_release import (
@@ -46,6 +47,7 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     create_arguments,
     environment_text,
     health_of,
+    image_folders,
     listener,
     memory_now,
     parse_size,
@@ -71,10 +73,10 @@ SPEAK_EVERY = 10.0  # seconds between two words on a phase that lasts
 READ_EVERY = 2.0  # seconds between two looks at the log of a release that is not healthy yet
 HISTORY = 50  # releases that the state remembers
 FAILURES = 20  # failed releases that it remembers
-CONTAINERD = "/var/lib/containerd"
 PROBES_LOST = 3  # health questions in a row without a good answer that end a release's watch
 RULE = re.compile(r"^(.+)-(\d{8}-\d{4})$")  # tags of one service, in the order of their time
 TO_REMEMBER = ("unhealthy", "start", "bake", "platform")  # what lies with the image and its settings
+SAME = ("tag", "digest", "kind", "by", "result", "reason")  # of two tries that are one for the history
 
 
 class Proxy(Protocol):
@@ -207,8 +209,7 @@ class Releaser:
         self.after: Settings | None = None
         self.images_lock = Lock(store.images_lock_path)
         self.server = ""
-        self.data_root = "/var/lib/docker"
-        self.containerd = False  # whether images are containerd's, in a folder of its own
+        self.image_folders: list[str] = []
         self.boxes: dict[str, Container] = {}
         self.legacy: Container | None = None
         try:
@@ -234,6 +235,8 @@ class Releaser:
         self.history: list[Record] = list(data.get("history") or [])
         self.public: ProxySettings | None = data.get("proxy") or None
         self.ports: Ports = dict(data.get("ports") or {})
+        # Its id, as an operator may give that name to a container of his own.
+        self.aside: str = data.get("put_aside") or ""
 
     def save(self) -> None:
         self.store.write(
@@ -247,6 +250,7 @@ class Releaser:
                 "history": self.history[:HISTORY],
                 "proxy": self.public,
                 "ports": self.ports,
+                "put_aside": self.aside,
             },
         )
 
@@ -281,7 +285,35 @@ class Releaser:
             "reason": reason,
             "text": text[:300],
         }
+        if reason and self.history and all(self.history[0].get(key) == entry[key] for key in SAME):
+            self.history.pop(0)  # what is tried every few minutes would leave no room for who released what
         self.history.insert(0, entry)
+
+    @contextlib.contextmanager
+    def on_record(self) -> Iterator[None]:
+        """A release that fails before it began is one of the past too: who then rolls back by reflex would leave what is good."""
+        try:
+            yield
+        except Exception as error:
+            self.record_failure(release_error(error))
+            raise
+
+    def record_failure(self, error: ReleaseError) -> None:
+        if error.reason in ("lock", "state"):  # another run is at work, or nobody knows what there is
+            return
+        try:
+            self.load()  # what the failed run has in mind was not written
+            if self.record and self.record["spec"] == spec_of(self.foreseen()):
+                return  # to ask for what is there is no release
+            tag, last = self.params["tag"], self.history[0] if self.history else {}
+            if error.reason == "failed_before" and (last.get("tag"), last.get("result")) == (tag, "failed"):
+                return  # the failure itself says more
+            wanted = {"release": "", "tag": tag, "digest": self.params["digest"] or ""}
+            journal = {"record": wanted, "kind": "release", "by": self.by, "since": utc_now()}
+            self.remember(journal, "failed", error.reason, error.text)
+            self.save()
+        except Exception as second:
+            self.warnings.append("its failure is not recorded: %s" % release_error(second).text)
 
     # -- what stands on the host
 
@@ -289,6 +321,8 @@ class Releaser:
         names = [self.name, "%s.next" % self.name, "%s.previous" % self.name, self.put_aside]
         found = self.docker.containers(names + [n for n in self.docker.of_service(self.name) if n not in names])
         self.old_scheme = {name: entry for name, entry in found.items() if name in names}
+        if self.put_aside in self.old_scheme and self.old_scheme[self.put_aside].id != self.aside:
+            del self.old_scheme[self.put_aside]
         self.legacy = self.old_scheme.get(self.name)
         self.boxes = {entry.release: entry for name, entry in found.items() if name not in names and entry.release}
 
@@ -308,6 +342,13 @@ class Releaser:
         secrets = {key: environment_text(value) for key, value in (self.params["secrets"] or {}).items()}
         return settings_of(self.params, digest, self.store.revision(secrets, create=not self.check_mode))
 
+    def foreseen(self) -> Settings:
+        """What is wanted, as far as that is known without a pull."""
+        digest, record = self.params["digest"] or None, self.record
+        if not digest and record and record["tag"] == self.params["tag"]:
+            digest = record["digest"]  # what the tag points at today is only known after a pull
+        return self.wanted(digest)
+
     @property
     def wanted_public(self) -> ProxySettings:
         """The public port as it is asked for; who only rolls back leaves it as it is."""
@@ -321,20 +362,30 @@ class Releaser:
         self.hold()
         digest: str | None = self.params["digest"] or None
         if self.check_mode:
-            self.predict(digest)
+            self.predict()
             return
-        if not self.proxy.installed():
-            raise ReleaseError("proxy_missing", "there is no haproxy command on this host")
-        wanted = self.wanted(digest)
-        self.before = (self.record or {}).get("settings")
-        journal = self.recover(spec_of(wanted) if digest else None)
+        with self.on_record():
+            if not self.proxy.installed():
+                raise ReleaseError("proxy_missing", "there is no haproxy command on this host")
+            wanted = self.wanted(digest)
+            self.before = (self.record or {}).get("settings")
+            journal = self.recover(spec_of(wanted) if digest else None)
         if journal:
             self.after = wanted
             journal["kind"] = "release"  # whatever the killed run called it
             self.advance(journal)
             return
+        with self.on_record():
+            found = self.prepare(wanted, digest)
+        if found:
+            record, image = found
+            self.after = record["settings"]
+            self.begin(record, "release", image)
+
+    def prepare(self, wanted: Settings, digest: str | None) -> tuple[Record, Record] | None:
+        """The wanted release and its image, None where there is nothing to do."""
         if digest and (self.is_there(wanted) or self.failed_before(wanted)):
-            return
+            return None
         self.need_on_host(wanted)
         self.lock_images()
         self.preflight()
@@ -343,15 +394,14 @@ class Releaser:
             if not digest:
                 wanted = self.wanted(self.resolved(image))
                 if self.is_there(wanted) or self.failed_before(wanted):
-                    return
+                    return None
             self.check_platform(image, wanted)
         except ReleaseError as error:
             if error.reason in TO_REMEMBER and wanted["digest"]:
                 self.mark_failed(self.new_record(wanted, {"Id": ""}), error.reason, error.text)
                 self.save()
             raise
-        self.after = wanted
-        self.begin(self.new_record(wanted, image), "release", image)
+        return self.new_record(wanted, image), image
 
     def is_there(self, wanted: Settings) -> bool:
         """The wanted release answers already; one that is only slow or still starting gets its time."""
@@ -495,14 +545,12 @@ class Releaser:
         self.after = self.before
         return True
 
-    def predict(self, digest: str | None) -> None:
+    def predict(self) -> None:
         """Check mode: look, and touch nothing."""
         self.look()
         record = self.record
         self.before = (record or {}).get("settings")
-        if not digest and record and record["tag"] == self.params["tag"]:
-            digest = record["digest"]  # what the tag points at today is only known after a pull
-        self.after = self.wanted(digest)
+        self.after = self.foreseen()
         box = self.boxes.get(self.current)
         if not record:
             self.changed, self.action = True, "replaced" if self.legacy else "released"
@@ -885,7 +933,8 @@ class Releaser:
             self.proxy.end_detour(public, journal["detour"], self.params["drain_timeout"])
 
     def commit(self, journal: Record) -> None:
-        self.keep_up(journal)
+        if journal["standby"]:  # else it is so since it was led to
+            self.keep_up(journal)
         record = dict(journal["record"], since=utc_now(), by=journal["by"], kind=journal["kind"])
         if journal["kind"] == "release":
             record["intent"] = "deploy" if self.kept else self.params["intent"]
@@ -964,8 +1013,13 @@ class Releaser:
             if self.put_aside in self.old_scheme:
                 self.docker.remove(self.put_aside, volumes=False)
             self.docker.restart_policy("no", self.name)
-            self.docker.rename(self.name, self.put_aside)
-            text = "the container %s that served before is kept, stopped, as %s, until the next release"
+            if self.docker.containers([self.put_aside]):
+                text = "the container %s that served before is kept, stopped: another has the name %s"
+            else:
+                self.aside = self.legacy.id if self.legacy else ""
+                self.save()
+                self.docker.rename(self.name, self.put_aside)
+                text = "the container %s that served before is kept, stopped, as %s, until the next release"
             self.warnings.append(text % (self.name, self.put_aside))
         self.legacy = None
 
@@ -1310,8 +1364,7 @@ class Releaser:
     def preflight(self) -> None:
         info = self.docker.info()
         self.server = "%s/%s" % (info.get("OSType", "linux"), architecture(info.get("Architecture", "")))
-        self.data_root = info.get("DockerRootDir") or self.data_root
-        self.containerd = "io.containerd.snapshotter" in json.dumps(info.get("DriverStatus") or [])
+        self.image_folders = image_folders(info)
         total = info.get("MemTotal") or 0
         memory = parse_size(self.params["memory"])
         if total and memory > total:
@@ -1359,7 +1412,7 @@ class Releaser:
             self.need_space()
             self.say("pulling %s" % reference)
             try:
-                self.docker.pull(reference, self.params["pull_timeout"])
+                self.pull(reference)
             except ReleaseError as error:
                 local = self.docker.image(reference) if not digest and error.reason == "not_found" else None
                 if not local:
@@ -1369,6 +1422,16 @@ class Releaser:
         if not image:
             raise ReleaseError("not_found", "%s was pulled, and is gone again" % reference)
         return image
+
+    def pull(self, reference: str) -> None:
+        try:
+            self.docker.pull(reference, self.params["pull_timeout"])
+        except ReleaseError as error:
+            if "no basic auth" not in error.text:
+                raise
+            # A credential helper that is too slow, on a host with much to do, looks like one that has nothing.
+            self.sleep(2)
+            self.docker.pull(reference, self.params["pull_timeout"])
 
     def check_platform(self, image: Record, wanted: Settings) -> None:
         platform = "%s/%s" % (image.get("Os", "linux"), architecture(image.get("Architecture", "")))
@@ -1398,7 +1461,7 @@ class Releaser:
     def least_free(self) -> tuple[float, str]:
         """Megabytes of the fuller one of the folders that a pull fills."""
         found = [(math.inf, "")]
-        for folder in [self.data_root] + ([CONTAINERD] if self.containerd else []):
+        for folder in self.image_folders:
             try:
                 state = os.statvfs(folder)
             except OSError:

@@ -188,12 +188,12 @@ from ansible_collections.nemo.platform.plugins.module_utils.container_release im
     Lock,
     ReleaseError,
     architecture,
+    image_folders,
 )
 from ansible_collections.nemo.platform.plugins.module_utils.image_pull import (
     Image,
     Pull,
     compressed_size,
-    layers_root,
     run_program,
 )
 from ansible_collections.nemo.platform.plugins.module_utils.progress import Progress, amount
@@ -286,7 +286,7 @@ class Run:
         info = self.docker.info()
         machine = architecture(info.get("Architecture", ""))
         size = compressed_size(self.image.reference, run_program, machine) if self.params["space_factor"] else 0
-        root = layers_root(info)
+        root = image_folders(info)[-1]
         status = os.statvfs(root)
         free, reserve = status.f_bavail * status.f_frsize, self.params["min_free_disk_mb"] * 1000000
         needed = int(size * self.params["space_factor"])

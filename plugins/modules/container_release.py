@@ -25,7 +25,7 @@ description:
   - A container of an earlier version of this module, or any container that has the service's name and publishes its port, is moved
     behind HAProxy by its next release. New connections are led around it meanwhile, where the host has iptables; connections that
     clients keep open to it are waited for up to O(drain_timeout), and then end with it. One that this module has not made is kept,
-    stopped, as C(NAME.before) until the next release.
+    stopped, as C(NAME.before) until the next release; a container of that name that no release has put there is left alone.
   - Containers run with an init process, without capabilities or new privileges, with limits on memory, processes and logs, and restart
     unless they were stopped.
   - Secrets become files under C(/run/secrets) in the container. They appear in no argument, environment, label, diff or log.

@@ -65,7 +65,12 @@ services:
     begun: {description: "What was begun and serves nobody for good yet, V(release) or V(rollback); empty when nothing was.", type: str}
     kept: {description: "Releases that can be rolled back to, the next one first.", type: list, elements: dict}
     failed: {description: "Releases that failed and are not tried again by themselves.", type: list, elements: dict}
-    history: {description: "Releases and rollbacks, the last one first, with result and duration.", type: list, elements: dict}
+    history:
+      description:
+        - Releases and rollbacks, the last one first, with result and duration; releases that failed before they began too.
+        - One that fails again in the same way takes the place of the one before.
+      type: list
+      elements: dict
 """
 
 import os

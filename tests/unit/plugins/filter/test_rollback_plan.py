@@ -27,7 +27,7 @@ def test_the_release_before_by_the_id_that_each_host_has_for_it() -> None:
     assert plan == {"problem": "", "releases": {"one": f"one {A['tag']}", "two": f"two {A['tag']}"}}
 
 
-FAILED = {"history": [{"result": "failed", "kind": "release", "tag": "prod-x", "at": "then"}]}
+FAILED = {"history": [{"result": "failed", "kind": "release", "tag": "prod-x", "at": "then", "reason": "no_space"}]}
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ FAILED = {"history": [{"result": "failed", "kind": "release", "tag": "prod-x", "
         pytest.param({"one": runs("one", B, A), "two": []}, "nothing on two", id="never-released"),
         pytest.param(
             {"one": runs("one", B, A, **FAILED), "two": runs("two", B, A)},
-            f"the last release on one, of prod-x, failed at then and was taken back by itself: {B['tag']} serves",
+            f"the last release on one, of prod-x, failed at then [no_space]: {B['tag']} serves",
             id="failed-on-one",
         ),
         pytest.param(

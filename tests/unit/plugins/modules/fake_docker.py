@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,7 @@ class FakeDocker:
                 if entry["behaviour"] == "loop" and entry["status"] == "running":
                     entry["restarts"] += 1
                 data = {
+                    "Id": entry.setdefault("id", uuid.uuid4().hex),  # it outlives a change of name
                     "Name": "/" + name,
                     "RestartCount": entry["restarts"],
                     "State": {

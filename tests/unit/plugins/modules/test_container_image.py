@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ansible_collections.nemo.platform.plugins.module_utils import image_pull
+from ansible_collections.nemo.platform.plugins.module_utils import container_release, image_pull
 from ansible_collections.nemo.platform.plugins.module_utils.progress import Pace
 from tests.unit.helpers import ROOT
 
@@ -216,12 +216,13 @@ def test_a_disk_that_is_too_small_for_what_the_manifest_says(host: Host) -> None
 
 def test_images_of_containerd_lie_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     containerd = {"DockerRootDir": "/data/docker", "DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]]}
-    monkeypatch.setattr(image_pull, "CONTAINERD_ROOT", str(tmp_path))
-    assert image_pull.layers_root(containerd) == str(tmp_path)
-    assert image_pull.layers_root({**containerd, "DriverStatus": [["Backing Filesystem", "xfs"]]}) == "/data/docker"
-    assert image_pull.layers_root({"DriverStatus": None}) == "/var/lib/docker"
-    monkeypatch.setattr(image_pull, "CONTAINERD_ROOT", str(tmp_path / "none"))
-    assert image_pull.layers_root(containerd) == "/data/docker"
+    monkeypatch.setattr(container_release, "CONTAINERD_ROOT", str(tmp_path))
+    folders = container_release.image_folders
+    assert folders(containerd) == ["/data/docker", str(tmp_path)]
+    assert folders({**containerd, "DriverStatus": [["Backing Filesystem", "xfs"]]}) == ["/data/docker"]
+    assert folders({"DriverStatus": None}) == ["/var/lib/docker"]
+    monkeypatch.setattr(container_release, "CONTAINERD_ROOT", str(tmp_path / "none"))
+    assert folders(containerd) == ["/data/docker"]
 
 
 def test_a_failure_between_begin_and_wait_is_not_tried_again(host: Host) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -297,10 +298,31 @@ def test_a_docker_command_that_does_not_end_is_an_engine_that_is_down(code: int)
             command()
         assert caught.value.reason == "engine_down"
     assert all(words[0] == "/usr/bin/timeout" and words[3] == "docker" for words in asked)
-    assert all(int(words[2]) > 300 for words in asked[-2:]), "what may take its time is given it"
+    patient = [int(words[2]) for words in asked if words[5] in ("stop", "restart")]
+    assert len(patient) == 2
+    assert min(patient) > 300, "what may take its time is given it"
     with pytest.raises(logic.ReleaseError) as caught:
         docker.pull("x", 5)
     assert caught.value.reason == "pull_timeout"
+
+
+@pytest.mark.parametrize("what", ["stop", "start", "rm", "restart", "unpause"])
+def test_a_container_that_hangs_is_no_engine_that_is_down(what: str) -> None:
+    there = {"Name": "/ai-prod.one", "State": {"Status": "running"}}
+
+    def run(argv: Any) -> tuple[int, str, str]:
+        return (0, json.dumps(there), "") if "inspect" in argv else (124, "", "")
+
+    docker = logic.Docker(run, "/usr/bin/timeout")
+    commands: dict[str, Callable[[str], None]] = {
+        "stop": lambda name: docker.stop(name, 10), "start": docker.start, "rm": docker.remove,
+        "restart": lambda name: docker.restart(name, 10), "unpause": docker.unpause,
+    }  # fmt: skip
+    with pytest.raises(logic.ReleaseError) as caught:
+        commands[what]("ai-prod.one")
+    assert caught.value.reason == "docker"
+    assert f"docker container {what} ai-prod.one took more than" in caught.value.text
+    assert "the container is running" in caught.value.text
 
 
 # -- the module as Ansible runs it

@@ -52,6 +52,9 @@ def test_where_a_rollback_goes(world: World) -> None:
     assert rollback_plan({"host": [found]}) == {"problem": "", "releases": {"host": found["kept"][0]["release"]}}
     world.failing(3)
     assert f"the last release on host, of {TAGS[3]}, failed at" in rollback_plan({"host": [look(world)]})["problem"]
+    world.release(4)
+    world.failing(3, memory="1000g")
+    assert "failed at" in rollback_plan({"host": [look(world)]})["problem"], "it did not even begin"
     assert rollback_plan({"host": [look(world)]}, TAGS[1]) == {"problem": "", "releases": {"host": TAGS[1]}}
 
 

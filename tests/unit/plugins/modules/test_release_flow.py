@@ -98,6 +98,16 @@ def test_a_switch_is_no_reload(world: World) -> None:
     assert world.proxy.calls == ["switch with standby", "switch"]
 
 
+@pytest.mark.parametrize("values", [{}, {"bake_time": 0}, {"strategy": "stop-start"}])
+def test_what_is_led_to_comes_back_by_itself_from_one_update_on(world: World, values: dict[str, Any]) -> None:
+    world.release(1)
+    world.engine.calls.clear()
+    world.release(2, **values)
+    updates = [words for words in world.engine.calls if words[:2] == ["container", "update"] and logic.RESTART in words]
+    assert len(updates) == 1
+    assert world.box()["policy"] == logic.RESTART
+
+
 def test_old_releases_go_and_so_do_images_that_no_kept_release_needs(world: World) -> None:
     for number in (1, 2, 4):
         world.release(number, keep=1)
@@ -530,6 +540,7 @@ PULL_ERRORS = {
     "no_space": "write /var/lib/docker/tmp/GetImageBlob1: no space left on device",
     "platform": "no matching manifest for linux/amd64 in the manifest list entries",
 }
+NO_CREDENTIALS = "Error response from daemon: Head https://r/v2/ai/manifests/x: no basic auth credentials"
 
 
 @pytest.mark.parametrize("reason", PULL_ERRORS)
@@ -546,6 +557,103 @@ def test_a_failing_pull_never_touches_the_old_release(world: World, reason: str)
         entry["asked"] = before[name]["asked"]
     assert after == before
     world.expect_settled(ONE)
+
+
+@pytest.mark.parametrize("reason", [*PULL_ERRORS, "mount", "proxy_missing", "memory"])
+def test_what_failed_before_it_began_is_recorded_once(world: World, reason: str) -> None:
+    """Who does not see it goes back by reflex, and leaves the release that is good."""
+    world.release(1)
+    values: dict[str, Any] = {}
+    if reason in PULL_ERRORS:
+        world.engine.set(errors={"pull": PULL_ERRORS[reason]})
+    elif reason == "mount":
+        values = {"mounts": [{"source": "/nowhere/at/all", "target": "/models", "read_only": True}]}
+    elif reason == "proxy_missing":
+        world.proxy.set(installed=False)
+    else:
+        values = {"memory": "1000g"}
+    for _attempt in range(2):
+        error, _done = world.failing(2, force=True, **values)
+        assert error.reason == reason
+        entry, before = world.state()["history"]
+        assert (entry["tag"], entry["result"], entry["reason"], entry["by"]) == (TWO, "failed", reason, "tester")
+        assert entry["text"] in error.text
+        assert (before["tag"], before["result"]) == (ONE, "ok")
+    world.failing(4, force=True, **values)
+    assert [entry["tag"] for entry in world.state()["history"]] == [FOUR, TWO, ONE]
+
+
+def test_what_is_refused_because_it_failed_before_hides_no_failure(world: World) -> None:
+    world.release(1)
+    world.failing(3)
+    for _attempt in range(2):
+        assert world.failing(3)[0].reason == "failed_before"
+        assert [entry["reason"] for entry in world.state()["history"]] == ["unhealthy", ""]
+    world.release(2)
+    for _attempt in range(2):
+        world.failing(3)
+        assert [entry["reason"] for entry in world.state()["history"]] == ["failed_before", "", "unhealthy", ""]
+    assert "[unhealthy]" in world.state()["history"][0]["text"]
+
+
+def test_a_failure_to_see_to_what_is_there_is_no_release(world: World) -> None:
+    world.release(1)
+    world.proxy.set(error="HAProxy refuses its configuration")
+    for digest in (image(1)["digest"], None):
+        assert world.failing(1, digest=digest, proxy_keep_alive=30)[0].reason == "proxy"
+    assert len(world.state()["history"]) == 1
+
+
+def test_a_lock_that_another_run_keeps_is_no_failed_release(world: World) -> None:
+    world.release(1)
+    lock = logic.Lock(str(world.path / "run/images.lock"))
+    assert lock.try_acquire()
+    assert world.failing(2, lock_timeout=0)[0].reason == "lock"
+    lock.release()
+    assert len(world.state()["history"]) == 1
+
+
+def test_a_failure_that_cannot_be_recorded_is_still_the_one_that_is_told(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.release(1)
+
+    def full(_self: logic.Store, _what: str, _data: dict[str, Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(logic.Store, "write", full)
+    world.engine.set(errors={"pull": PULL_ERRORS["not_found"]})
+    error, done = world.failing(2)
+    assert error.reason == "not_found"
+    assert any("not recorded: " in text for text in done.warnings)
+
+
+@pytest.mark.parametrize(
+    ("stays", "error"), [(False, NO_CREDENTIALS), (True, NO_CREDENTIALS), (True, PULL_ERRORS["authentication"])]
+)
+def test_a_credential_helper_that_was_too_slow_is_asked_once_more(world: World, stays: bool, error: str) -> None:
+    world.release(1)
+    world.engine.set(errors={"pull": error})
+    tries: list[float] = []
+
+    def event(what: str) -> None:
+        if what.startswith("docker pull"):
+            tries.append(world.now)
+            if not stays:
+                world.engine.set(errors={})
+
+    releaser = world.releaser(world.params(2), event=event)
+    began = world.now
+    if stays:
+        with pytest.raises(logic.ReleaseError) as caught:
+            releaser.present()
+        assert caught.value.reason == "authentication"
+        assert world.now - began <= 2
+        assert len(tries) == (2 if error == NO_CREDENTIALS else 1)
+    else:
+        releaser.present()
+        world.expect_settled(TWO)
+        assert len(tries) == 2
 
 
 def test_a_failing_create_never_touches_the_old_release(world: World) -> None:
@@ -858,18 +966,19 @@ def test_a_full_disk_is_refused_before_the_pull_and_old_images_go_first(world: W
     world.expect_settled(ONE)
 
 
-def test_a_full_disk_of_containerd_s_own_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_of_containerd_s_own_is_seen(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    full = tmp_path / "containerd"
+    full.mkdir()
+    monkeypatch.setattr(logic, "CONTAINERD_ROOT", str(full))
     world.engine.set(storage=[["driver-type", "io.containerd.snapshotter.v1"]])
     real = os.statvfs
 
     def statvfs(path: str) -> Any:
-        return (
-            os.statvfs_result((4096, 4096, 9, 9, 1, 9, 9, 9, 0, 255)) if path == release_flow.CONTAINERD else real(path)
-        )
+        return os.statvfs_result((4096, 4096, 9, 9, 1, 9, 9, 9, 0, 255)) if path == str(full) else real(path)
 
     monkeypatch.setattr(os, "statvfs", statvfs)
     error, _done = world.failing(1, min_free_disk_mb=1)
-    assert (error.reason, release_flow.CONTAINERD in error.text) == ("no_space", True)
+    assert (error.reason, str(full) in error.text) == ("no_space", True)
 
 
 def test_a_failing_commit_is_undone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1153,6 +1262,39 @@ def test_a_container_of_other_origin_is_moved_from(world: World) -> None:
     assert "ai-prod.before" in world.engine.containers()
     world.release(2)
     assert "ai-prod.before" not in world.engine.containers()
+
+
+def test_what_an_operator_has_put_aside_is_not_removed(world: World) -> None:
+    world.release(1)
+    world.engine.container("ai-prod.before", status="exited", port=9)
+    world.release(2)
+    absent = world.releaser(world.params(None, state="absent", image="registry/ai"))
+    absent.absent()
+    assert list(world.engine.containers()) == ["ai-prod.before"]
+    again = world.releaser(world.params(None, state="absent", image="registry/ai"))
+    again.absent()
+    assert not again.changed
+
+
+def test_what_a_release_has_put_aside_goes_with_the_service(world: World) -> None:
+    world.engine.container("ai-prod", port=PORT)
+    world.release(1)
+    assert "ai-prod.before" in world.engine.containers()
+    world.releaser(world.params(None, state="absent")).absent()
+    assert world.engine.containers() == {}
+
+
+def test_a_container_keeps_its_name_where_another_has_the_one_of_what_is_put_aside(world: World) -> None:
+    world.engine.container("ai-prod", port=PORT)
+    world.engine.container("ai-prod.before", status="exited", port=9, behaviour="nostart")
+    done = world.release(1)
+    for number in (2, 4):
+        containers = world.engine.containers()
+        assert containers["ai-prod"]["status"] == "exited"
+        assert containers["ai-prod.before"]["behaviour"] == "nostart"
+        world.release(number)
+        assert world.answering() == TAGS[number]
+    assert any("is kept, stopped: another has the name ai-prod.before" in text for text in done.warnings)
 
 
 @pytest.mark.parametrize("foreign", [False, True])
