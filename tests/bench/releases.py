@@ -110,7 +110,10 @@ def _bad(made: Platform) -> list[tuple[str, ...]]:
         first, last, count = seen["releases"].get(tag, (0.0, 0.0, 0))
         led = f"{last - first:.1f} s" if count else "never"
         lost = f"{seen['failed']} of {seen['requests']}"
-        rows.append((behaviour, f"[{result['reason']}]", f"{seconds:.1f} s", led, str(seen["own_errors"]), lost))
+        decision = f"[{result['reason']}]" if result["failed"] else "NOT FOUND OUT"
+        if not result["failed"]:
+            made.good(NEW)
+        rows.append((behaviour, decision, f"{seconds:.1f} s", led, str(seen["own_errors"]), lost))
     return rows
 
 
