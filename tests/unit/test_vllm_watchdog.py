@@ -106,7 +106,7 @@ class World:
             return (0, told) if self.status else (1, "No such container")
         if "restart" in argv:
             # what was written down before it
-            assert self.state["restarts"]
+            assert self.state["restarts"] or self.state["starts"]
             assert self.state["state"] == "restarting"
             if not self.restart_code:
                 self.status, self.started, self.again, self.error = "running", self.now, 0, ""
@@ -370,6 +370,27 @@ def test_a_boot_begins_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> No
     assert world.state["ends"] == []
 
 
+def test_restarts_before_a_boot_do_not_count(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    boot = world.folder / "boot_id"
+    monkeypatch.setattr(program, "BOOT", boot)
+    boot.write_text("one\n")
+    world.look()
+    Server.mood = "hang"
+    for _ in range(30):
+        world.look()
+    assert (world.state["state"], world.restarts) == ("gave_up", 2)
+    world.status, world.error = "exited", "no such card"
+    boot.write_text("two\n")
+    assert world.look().startswith("down, strike 1 of 3: it could not be started")
+    assert world.state["restarts"] == []
+    world.look()
+    world.look()
+    assert (world.state["state"], world.restarts) == ("restarting", 3)
+    for _ in range(3):
+        world.look()
+    assert world.restarts == 4, "a server that hangs may be restarted as often as ever"
+
+
 def test_one_that_answers_in_between_is_started_again_for_ever(world: World) -> None:
     for _ in range(9):
         world.look()
@@ -416,14 +437,46 @@ def test_container_that_could_not_be_started(unstarted: World) -> None:
     assert unstarted.look() == "ok"
 
 
-def test_start_that_fails_for_good_ends_the_starts(unstarted: World) -> None:
+def test_start_that_fails_is_tried_slowly_for_ever(unstarted: World) -> None:
     (unstarted.folder / "volume/model").mkdir(parents=True)
     unstarted.restart_code = 1
-    for _ in range(30):
+    for _ in range(6):
         unstarted.look()
     assert unstarted.restarts == 2
-    assert unstarted.state["state"] == "gave_up"
+    for _ in range(59):  # half of the window, as two are allowed within it
+        assert unstarted.look().startswith("down, strike ")
     assert "could not be started: error while" in unstarted.state["reason"]
+    unstarted.look()
+    assert unstarted.restarts == 3
+    for _ in range(600):
+        unstarted.look()
+    assert unstarted.restarts == 13
+    assert unstarted.state["restarts"] == [], "they do not use up those of a server that hangs"
+    unstarted.restart_code = 0
+    for _ in range(63):
+        said = unstarted.look()
+    assert said == "ok"
+
+
+def test_restarts_of_a_hung_server_do_not_end_the_starts(unstarted: World) -> None:
+    """The card went away under the last one."""
+    (unstarted.folder / "volume/model").mkdir(parents=True)
+    path = unstarted.folder / "vllm-watchdog/state.json"
+    state = unstarted.state | {"state": "gave_up", "restarts": [program.utc(unstarted.now)] * 2}
+    path.write_text(json.dumps(state))
+    assert "down, strike 1 of 3" in unstarted.look()
+    for _ in range(3):
+        unstarted.look()
+    assert (unstarted.state["state"], unstarted.restarts) == ("ok", 1)
+
+
+def test_no_restarts_at_all(unstarted: World) -> None:
+    (unstarted.folder / "volume/model").mkdir(parents=True)
+    unstarted.config["max_restarts"] = 0
+    for _ in range(9):
+        unstarted.look()
+    assert unstarted.state["reason"].endswith("no restart is allowed")
+    assert (unstarted.state["state"], unstarted.restarts) == ("down", 0)
 
 
 def test_volume_that_came_late_is_mounted(unstarted: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,16 +557,17 @@ def test_release_that_begins_at_the_last_moment(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "act",
+    ("act", "said"),
     [
-        lambda world: world.release("20260102T000000Z-bbbbbb"),
-        lambda world: (world.folder / "vllm/transition.json").write_text("{}"),
-        lambda world: setattr(world, "started", world.now),
-        lambda world: setattr(world, "status", "exited"),
+        (lambda world: world.release("20260102T000000Z-bbbbbb"), "ok: it was released while"),
+        (lambda world: (world.folder / "vllm/transition.json").write_text("{}"), "ok: it was released while"),
+        (lambda world: setattr(world, "started", world.now), "loading: POST /v1/completions is not"),
+        (lambda world: setattr(world, "status", "exited"), "failing, strike 3 of 3: POST /v1/completions is not"),
+        (lambda world: setattr(world, "status", ""), "failing, strike 3 of 3: POST /v1/completions is not"),
     ],
-    ids=["another release", "a release that was cut off", "started", "stopped"],
+    ids=["another release", "a release that was cut off", "started", "stopped or died", "removed, or docker hangs"],
 )
-def test_what_somebody_did_while_it_asked(world: World, act: Callable[[World], object]) -> None:
+def test_what_was_done_while_it_asked(world: World, act: Callable[[World], object], said: str) -> None:
     world.look()
     Server.mood = "hang"
     world.look()
@@ -521,7 +575,7 @@ def test_what_somebody_did_while_it_asked(world: World, act: Callable[[World], o
     watchdog = world.watchdog()
     ask = watchdog.ask
     watchdog.ask = lambda release: (ask(release), act(world))[0]
-    assert watchdog.look() == "ok: it was released, started or stopped while it was asked"
+    assert watchdog.look().startswith(said)
     assert world.restarts == 0
     assert world.state["restarts"] == []
     with (world.folder / "run/vllm.lock").open() as stream:

@@ -1,7 +1,6 @@
 """One request for the metrics, on a connection that systemd accepted: GET /metrics, and nothing else.
 
     gpu_metrics_http.py FILE NETWORK...       only who comes from one of the networks is answered
-    gpu_metrics_http.py --check NETWORK...    are they networks?
 
 Run by nemo-gpu-metrics-http@.service, whose standard input and output are the connection. Standard library only.
 """
@@ -49,12 +48,7 @@ def answer(request: str, page: Path, allowed: bool) -> tuple[str, str, str]:
 
 
 def main(path: str, *sources: str) -> int:
-    try:
-        networks = [ipaddress.ip_network(source, strict=False) for source in sources]
-    except ValueError as error:
-        sys.exit(f"gpu_health_sources: {error}")
-    if path == "--check":
-        return 0
+    networks = [ipaddress.ip_network(source, strict=False) for source in sources]
     signal.alarm(PATIENCE)
     request = sys.stdin.buffer.readline(LONGEST_LINE).decode("latin-1").strip()
     for _ in range(MOST_LINES):

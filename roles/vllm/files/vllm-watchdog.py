@@ -7,15 +7,16 @@ A timer runs it. It asks the release that serves for what has proven it, one tok
 on an engine that hangs. Only when that fails several times in a row, and vLLM's own counters have not moved meanwhile (an
 engine that is busy is not one that hangs), the container is restarted. It does nothing while a release is under way, while
 the model loads, and where somebody has stopped the container, and says so. A container that could not be started, such as
-at a boot before its volume was there, is started once its folders are. After the restarts that it may make within the
-window it gives up, says so, and waits for a container that somebody else has started, or for a boot. It gives up, too, on
-one that ends again and again before it has answered; the engine, with pauses of a minute at most, goes on to start that.
+at a boot before its volume was there, is started once its folders are; that is tried again for ever, at a slow pace after
+the first times. After the restarts that it may make within the window it gives up, says so, and waits for a container that
+somebody else has started, or for a boot. It gives up, too, on one that ends again and again before it has answered; the
+engine, with pauses of a minute at most, goes on to start that.
 
     vllm-watchdog CONFIG            one look
     vllm-watchdog CONFIG --clear    forget strikes and restarts, and begin again
 
 The state is in CONFIG's "state" folder, for people and for metrics: state (ok, loading, failing, restarting, down, gave_up),
-strikes, restarts (times, UTC), since, reason, looked, valid_until (when the next look is long overdue).
+strikes, restarts and starts (times, UTC), since, reason, looked, valid_until (when the next look is long overdue).
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class Watchdog:
         self.path = Path(config["state"], "state.json")
         self.state = read_json(self.path)
         self.state.setdefault("restarts", [])
+        self.state.setdefault("starts", [])  # of what could not be started: they are never too many
         self.state.setdefault("strikes", 0)
         self.state.setdefault("ends", [])  # times at which it had ended before it had answered
         self.state.setdefault("state", "ok")
@@ -231,11 +233,11 @@ class Watchdog:
         return self.quiet(known if runs else "loading", why)
 
     def clear(self) -> str:
-        self.state.update(strikes=0, ends=[], restarts=[])
+        self.state.update(strikes=0, ends=[], restarts=[], starts=[])
         return self.say("ok", "cleared")
 
     def recent(self, what: str) -> list[str]:
-        """Restarts or ends within the window."""
+        """Restarts, starts or ends within the window."""
         since = self.clock() - float(self.config["window"])
         return [entry for entry in self.state[what] if seconds_of(entry) > since]
 
@@ -249,9 +251,11 @@ class Watchdog:
             if len(self.state["ends"]) > int(self.config["max_restarts"]):
                 self.say("gave_up", "it ended %d times before it had answered" % len(self.state["ends"]))
         self.state.update(again=box.again, boot=boot)
+        if booted:
+            self.state.update(restarts=[], starts=[])
         if self.state.get("started") == box.started and not booted:
             return
-        # The restarts within the window count on.
+        # Without a boot the restarts within the window count on.
         self.state.update(started=box.started, proven=False, counted=None)
         if booted or not box.again:  # somebody has started it, or this program has
             self.state.update(strikes=0, ends=[])
@@ -267,7 +271,7 @@ class Watchdog:
         if release is None:
             return self.quiet("down", "no release serves")
         if self.state.get("release") != release["release"]:
-            self.state.update(release=release["release"], restarts=[], ends=[], again=0, proven=False)
+            self.state.update(release=release["release"], restarts=[], starts=[], ends=[], again=0, proven=False)
             self.state["state"] = "ok"
         status = box.status if box else "not there"
         if self.cut_off():
@@ -318,14 +322,26 @@ class Watchdog:
         if len(recent) >= int(self.config["max_restarts"]):
             tried = "%d restarts within %d s did not help" % (len(recent), self.config["window"])
             return self.say("gave_up", "%s; %s" % (reason, tried if recent else "no restart is allowed"))
+        return self.act("restarts", release, box, reason)
+
+    def act(self, what: str, release: dict[str, Any], box: Container, reason: str) -> str:
+        """Restarts the container, if it still is what was looked at."""
+        unwell = "failing" if box.status == "running" else "down"
         descriptor = self.lock()
         if descriptor is None:
             return self.releasing(box.status == "running")
         try:
-            if self.cut_off() or self.current() != release or self.container(release) != box:
-                return self.releasing(box.status == "running", "it was released, started or stopped while it was asked")
+            if self.cut_off() or self.current() != release:
+                return self.releasing(box.status == "running", "it was released while it was asked")
+            there = self.container(release)
+            if there is not None and there.started != box.started:
+                self.state["strikes"] = 0
+            if there != box:
+                status = there.status if there else "not to be found"
+                now = "loading" if status == "running" else unwell
+                return self.say(now, "%s; it was started or has ended meanwhile, and is %s" % (reason, status))
             # Before it is done, so that one that is cut off counts, too.
-            self.state["restarts"] = [*recent, utc(self.clock())]
+            self.state[what] = [*self.recent(what), utc(self.clock())]
             holder = {"by": "vllm-watchdog", "since": utc(self.clock()), "pid": os.getpid(), "what": "a restart"}
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)
@@ -340,7 +356,7 @@ class Watchdog:
             os.close(descriptor)
         self.state["strikes"] = 0
         if code:
-            return said + "\n" + self.say("failing", "it cannot be restarted: %s" % " ".join(out.split())[-200:])
+            return said + "\n" + self.say(unwell, "it cannot be restarted: %s" % " ".join(out.split())[-200:])
         return said + "\n" + self.say("restarting", "restarted, as %s" % reason)
 
     def start(self, release: dict[str, Any], box: Container) -> str:
@@ -349,16 +365,23 @@ class Watchdog:
         if folder and not os.path.ismount(folder):
             # systemd mounts no volume that comes after its time at boot
             self.run(["systemctl", "--no-block", "start", folder], DOCKER_TIMEOUT)
-            return self.quiet("down", "it could not be started, and %s is not mounted" % folder)
+            return self.say("down", "it could not be started, and %s is not mounted" % folder)
         mounts = (release.get("settings") or {}).get("mounts") or []
         missing = [mount["source"] for mount in mounts if not Path(mount["source"]).exists()]
         if missing:
-            return self.quiet("down", "it could not be started, and %s is not there" % ", ".join(missing))
+            return self.say("down", "it could not be started, and %s is not there" % ", ".join(missing))
         reason = "it could not be started: %s" % box.error
-        self.state["strikes"] += 1
-        if self.state["strikes"] < int(self.config["strikes"]):
-            return self.quiet("down", reason)
-        return self.restart(release, box, reason)
+        strikes = int(self.config["strikes"])
+        self.state["strikes"] = min(self.state["strikes"] + 1, strikes)
+        if self.state["strikes"] < strikes:
+            return self.say("down", reason)
+        tried, quick = self.recent("starts"), int(self.config["max_restarts"])
+        if not quick:
+            return self.say("down", "%s; no restart is allowed" % reason)
+        # A card may come back at any time.
+        if len(tried) >= quick and self.clock() < seconds_of(tried[-1]) + float(self.config["window"]) / quick:
+            return self.say("down", "%s; last tried at %s" % (reason, tried[-1]))
+        return self.act("starts", release, box, reason)
 
 
 def main(arguments: Sequence[str]) -> int:
