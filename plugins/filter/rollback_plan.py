@@ -27,8 +27,8 @@ options:
   release:
     description:
       - Id, tag or digest of a kept release; empty for the release before.
-      - Each host has ids of its own. The one of a host stands for its image on the others.
-      - Where not all hosts run it, those that do keep it.
+      - Each host has ids of its own. The one of a host stands for its image on the others, where that is one release or what serves.
+      - Where not all hosts run it, or it is the id of what serves on one of them, those that run its image keep what they run.
     type: str
     default: ""
 """
@@ -124,8 +124,16 @@ def rollback_plan(found: Mapping[str, Sequence[Mapping[str, Any]]], release: str
     if len(digests) > 1:
         problem = f"{release} is more than one image; name its digest: {', '.join(sorted(digests))}"
     runs = {host: service["release"] for host, service in services.items() if service in named[host]}
-    stay = runs if len(runs) < len(services) else {}  # all of them want to get away from it
+    # With a tag or digest that all of them run they want to get away from it.
+    stay = runs if len(runs) < len(services) or release in runs.values() else {}
     own = {host: release for host, entries in named.items() if release in [entry["release"] for entry in entries]}
+    several = {
+        host: " or ".join(entry["release"] for entry in entries)
+        for host, entries in named.items()
+        if release in ids and host not in {**stay, **own} and len(entries) > 1
+    }
+    if several and not problem:  # of one image with other settings or secrets
+        problem = f"release {release} is of an image of which there are {by_host(several)}; name one for each host, with --limit"
     return {"problem": problem, "releases": {**dict.fromkeys(services, image), **stay, **own}}
 
 

@@ -713,7 +713,7 @@ class Lock:
         try:
             data = json.loads(os.pread(self.descriptor, 4096, 0).decode())
             pid = int(data["pid"])
-            text = "%s since %s (process %d, releasing %s)" % (data["by"], data["since"], pid, data["what"])
+            text = "%s since %s (process %d, %s)" % (data["by"], data["since"], pid, data["what"])
         except (ValueError, KeyError, TypeError):
             return "another run that has not said who it is"
         if not os.path.exists("/proc/%d" % pid):

@@ -212,6 +212,7 @@ class Releaser:
         self.image_folders: list[str] = []
         self.boxes: dict[str, Container] = {}
         self.legacy: Container | None = None
+        self.undone: Record | None = None  # what a killed run began to release, taken back by this one
         try:
             self.load()
         except ReleaseError:  # who acts loads again, under the lock, and hears of it
@@ -410,7 +411,7 @@ class Releaser:
             return False
         self.after = wanted
         self.learn_health(record)
-        pinned = self.wanted_pin("release", record)
+        pinned = self.wanted_pin(record)
         if bool(pinned) != bool(self.pinned):
             self.pinned, self.changed, self.action = pinned, True, "pinned" if pinned else "unpinned"
             self.save()
@@ -455,6 +456,10 @@ class Releaser:
         self.before, self.after = (current or {}).get("settings"), target["settings"]
         if target["release"] == self.current:
             self.say("%s is the release that answers already" % label_of(target))
+            if self.undone:
+                self.action = "rolled_back"
+                self.leave(self.undone, target)
+                self.save()
             return
         self.changed, self.action = True, "rolled_back"
         if self.check_mode:
@@ -515,10 +520,7 @@ class Releaser:
         )
         self.params.update(image=record["image"], tag=record["tag"], digest=record["digest"])
 
-    def wanted_pin(self, kind: str, record: Record) -> Record | None:
-        if kind == "rollback":
-            left = self.record or {}
-            return {"by": self.by, "since": utc_now(), "why": "rolled back from %s" % left.get("tag", "nothing")}
+    def wanted_pin(self, record: Record) -> Record | None:
         if self.params["intent"] == "converge":
             return self.pinned
         if not self.params["pin"]:
@@ -526,6 +528,14 @@ class Releaser:
         if self.pinned and self.current == record["release"]:
             return self.pinned
         return {"by": self.by, "since": utc_now(), "why": "pinned at its release"}
+
+    def leave(self, left: Record | None, record: Record) -> None:
+        """What was rolled back is not released again by runs that nobody asked for it."""
+        why = "rolled back from %s" % (left or {}).get("tag", "nothing")
+        self.pinned = {"by": self.by, "since": utc_now(), "why": why}
+        if left:
+            self.mark_failed(left, "rolled_back", "an operator rolled it back to %s" % record["tag"])
+        self.forgive(record)
 
     def failed_before(self, wanted: Settings) -> bool:
         """Whether what runs stays, because a run for the whole site asks for what failed; to ask for just that is an error."""
@@ -603,6 +613,7 @@ class Releaser:
             self.remember(journal, "interrupted")
             self.save()
             self.store.delete("transition.json")
+            self.undone = record if journal["kind"] == "release" else None
         except ReleaseError as error:
             origin = self.find(journal["from"])
             if not fit or (origin and self.problem(origin) is None):
@@ -939,11 +950,11 @@ class Releaser:
         if journal["kind"] == "release":
             record["intent"] = "deploy" if self.kept else self.params["intent"]
         before = self.record
-        self.pinned = self.wanted_pin(journal["kind"], record)
-        if journal["kind"] == "rollback" and before:
-            self.mark_failed(before, "rolled_back", "an operator rolled it back to %s" % record["tag"])
-        self.failed = [e for e in self.failed if e["key"] != key_of(record["spec"], record["health"])]
-        self.failed = [e for e in self.failed if e.get("release") != record["release"]]
+        if journal["kind"] == "rollback":
+            self.leave(before, record)
+        else:
+            self.pinned = self.wanted_pin(record)
+            self.forgive(record)
         rest = [entry for entry in self.releases if entry["release"] != record["release"]]
         if journal["legacy"]:
             rest = self.adopted() + rest
@@ -1114,6 +1125,10 @@ class Releaser:
             "by": self.by,
         }
         self.failed = [entry] + [old for old in self.failed if old["key"] != key]
+
+    def forgive(self, record: Record) -> None:
+        key = key_of(record["spec"], record["health"])
+        self.failed = [e for e in self.failed if e["key"] != key and e.get("release") != record["release"]]
 
     def undo(self, journal: Record, strict: bool = True) -> str:
         """Traffic goes where it went before the transition; says where that is.

@@ -48,6 +48,7 @@ options:
       - V(present) runs the release; V(absent) removes the service's containers, HAProxy, secrets, state and images.
       - V(rolled_back) goes back to the release before, or to O(release). It pulls nothing, and takes the settings, secrets and health
         questions that the release had. It pins it, see O(intent).
+      - A release that a killed run began is undone first; where that leads to what is asked for, it counts as rolled back, too.
     type: str
     choices: [present, absent, rolled_back]
     default: present
@@ -629,13 +630,14 @@ def login() -> str:
         return str(os.getuid())
 
 
-def one_line(name: str, params: dict[str, Any], error: ReleaseError) -> str:
+def work(params: dict[str, Any]) -> str:
     if params["state"] == "rolled_back":
-        what = "the rollback" + (" to %s" % params["release"] if params["release"] else "")
-    elif params["state"] == "absent":
-        what = "its removal"
-    else:
-        what = "%s:%s" % (params["image"], params["tag"])
+        return "the rollback" + (" to %s" % params["release"] if params["release"] else "")
+    return "its removal" if params["state"] == "absent" else "the release of %s" % params["tag"]
+
+
+def one_line(name: str, params: dict[str, Any], error: ReleaseError) -> str:
+    what = "%s:%s" % (params["image"], params["tag"]) if params["state"] == "present" else work(params)
     digest = " (%s)" % params["digest"] if params["digest"] else ""
     return (
         "%s: %s%s failed [%s]: %s. %s" % (name, what, digest, error.reason, error.text.rstrip("."), error.advice)
@@ -713,7 +715,7 @@ def main() -> None:
         if not module.check_mode:
             if not lock.acquire(params["lock_timeout"]):
                 raise ReleaseError("lock", "another run is at work: %s" % lock.holder())
-            lock.sign({"by": by, "since": utc_now(), "pid": os.getpid(), "what": params["tag"] or params["state"]})
+            lock.sign({"by": by, "since": utc_now(), "pid": os.getpid(), "what": work(params)})
         releaser.load()  # another run may have released while this one waited for the lock
         if params["current"] and params["current"] != releaser.current:
             found = releaser.record or {"tag": "nothing"}

@@ -225,6 +225,37 @@ def test_somebody_stops_it_in_the_middle_of_a_release(follower: Follower) -> Non
     assert state["last"]["result"] == "released"
 
 
+@pytest.mark.parametrize("line", [BAD, "[ERROR]: Task failed: Failed to connect to the host via ssh"])
+def test_what_an_operator_says_is_not_overwritten_by_the_look_that_would_have_stopped_it(
+    follower: Follower, line: str
+) -> None:
+    (follower.states / "ai-dev.json").write_text(json.dumps({"failures": [{"tag": "dev-2"}] * 2, "hindered": 9}))
+    follower.tell(code=2, report=NEWER, say=(line,), wait=3)
+    running = threading.Thread(target=follower, args=("run",), kwargs={"code": 1})
+    running.start()
+    while not follower.asked:
+        time.sleep(0.05)
+    follower("stop", "ai-dev", "customer", "demo")
+    running.join()
+    stopped = follower.state()["stopped"]
+    assert (stopped["by"], stopped["why"]) == ("alice", "customer demo")
+    assert len(follower.asked) == 1, "the webhook is told nothing"
+
+
+def test_what_an_image_did_ends_the_row_of_what_hindered_it(follower: Follower) -> None:
+    line = "[ERROR]: Task failed: Failed to connect to the host via ssh"
+    for said in (line, BAD, line):
+        follower.tell(code=2, report=NEWER, say=(said,))
+        follower("run", code=1)
+    assert "(look 1 of 10)" in follower()
+
+
+def test_a_state_of_before_looks_were_counted(follower: Follower) -> None:
+    last = {"at": "then", "tag": "dev-2", "result": "hindered", "text": "x"}
+    (follower.states / "ai-dev.json").write_text(json.dumps({"last": last}))
+    assert "(look 1 of 10)" in follower()
+
+
 def test_one_service_does_not_hold_up_the_other(follower: Follower) -> None:
     follower.settings("a", "b")
     follower.tell(code=4)

@@ -173,6 +173,7 @@ def follow(service: str, limit: int) -> bool:
                 why = f"{HINDERED} looks in a row could not release {last['tag']}; the last one: {last['text']}"
         elif code:
             last.update(result="failed", text=reason_of(lines))
+            state["hindered"] = 0
             state["failures"] = [
                 *state.get("failures", []),
                 {"at": last["at"], "tag": last["tag"], "text": last["text"]},
@@ -186,6 +187,7 @@ def follow(service: str, limit: int) -> bool:
                 last.update(result="released")
                 state["failures"] = []
                 state["released"] = {"at": last["at"], "tag": last["tag"]}
+        why = "" if state.get("stopped") else why
         if why:
             state["stopped"] = {"since": now(), "by": "nemo-follow", "why": why}
         state["last"] = last
@@ -214,7 +216,7 @@ def text_of(state: dict[str, Any]) -> str:
         return "it was not looked at yet"
     what = {"nothing": "nothing to release", "released": f"released {last['tag']}", "failed": f"{last['tag']} FAILED",
             "locked": "an operator's run was in the way", "unable": "CANNOT LOOK",
-            "hindered": f"{last['tag']} COULD NOT BE RELEASED (look {state.get('hindered')} of {HINDERED})"}  # fmt: skip
+            "hindered": f"{last['tag']} COULD NOT BE RELEASED (look {state.get('hindered', 1)} of {HINDERED})"}  # fmt: skip
     text = f"{what.get(last['result'], last['result'])} at {last['at']}: {last['text']}"
     return f"{text} (failed in a row: {len(failures)})" if failures and last["result"] != "failed" else text
 

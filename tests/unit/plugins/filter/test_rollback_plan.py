@@ -89,6 +89,23 @@ def test_a_host_that_runs_what_is_named_keeps_it_where_others_do_not() -> None:
     assert rollback_plan(found, "sha256:1")["releases"] == dict.fromkeys(found, "sha256:1")
 
 
+def test_the_id_of_what_serves_is_the_image_that_all_who_run_it_keep() -> None:
+    older = {**A, "tag": "older settings"}
+    found = {"one": runs("one", A, older), "two": runs("two", A, older), "three": runs("three", B, A)}
+    want = {"problem": "", "releases": {"one": f"one {A['tag']}", "two": f"two {A['tag']}", "three": "sha256:1"}}
+    assert rollback_plan(found, f"one {A['tag']}") == want
+    del found["three"]
+    assert rollback_plan(found, f"two {A['tag']}")["releases"] == {host: f"{host} {A['tag']}" for host in found}
+
+
+def test_the_id_of_an_older_release_says_nothing_where_a_host_has_several_of_its_image() -> None:
+    again = {**A, "tag": "again"}
+    found = {"one": runs("one", B, A), "two": runs("two", B, A, again), "three": runs("three", B, A)}
+    problem = rollback_plan(found, f"one {A['tag']}")["problem"]
+    assert f"of which there are two {A['tag']} or two again on two; name one for each host" in problem
+    assert rollback_plan({"two": found["two"]}, "two again") == {"problem": "", "releases": {"two": "two again"}}
+
+
 KILLED = {"under_way": "interrupted: release of prod-y by bob", "begun": "release"}
 
 

@@ -91,7 +91,7 @@ def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
     if child == 0:
         lock = logic.Lock(path)
         lock.acquire(1)
-        lock.sign({"by": "alice", "since": "2026-11-22T10:00:00Z", "pid": os.getpid(), "what": "prod-2"})
+        lock.sign({"by": "alice", "since": "2026-11-22T10:00:00Z", "pid": os.getpid(), "what": "the release of prod-2"})
         os.write(ready[1], b".")
         os.read(done[0], 1)
         os._exit(0)
@@ -99,7 +99,7 @@ def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
     mine = logic.Lock(path)
     try:
         assert not mine.acquire(0)
-        assert mine.holder() == f"alice since 2026-11-22T10:00:00Z (process {child}, releasing prod-2)"
+        assert mine.holder() == f"alice since 2026-11-22T10:00:00Z (process {child}, the release of prod-2)"
     finally:
         os.write(done[1], b".")
         os.waitpid(child, 0)

@@ -15,8 +15,10 @@ import yaml
 
 from ansible_collections.nemo.platform.plugins.filter.rollback_plan import rollback_plan
 from ansible_collections.nemo.platform.plugins.module_utils import container_release as logic
+from ansible_collections.nemo.platform.plugins.module_utils.release_follow import plan as follow_plan
 from ansible_collections.nemo.platform.plugins.modules import container_release_info as module
 from tests.unit.helpers import ROOT
+from tests.unit.plugins.modules.fake_docker import image
 from tests.unit.plugins.modules.release_world import TAGS, World
 
 
@@ -87,6 +89,14 @@ def test_a_rollback_after_a_killed_release_goes_to_the_one_that_it_was_to_replac
         world.rollback(release=plan["releases"]["host"])
         ends.append(found["begun"] or found["tag"])
         world.expect_settled(TAGS[1] if ends[-1] == TAGS[2] else TAGS[2])
+        undone = TAGS[2] if ends[-1] == TAGS[2] else TAGS[4]
+        after = look(world)
+        assert after["pinned"].startswith(f"rolled back from {undone}, by ")
+        assert [(entry["tag"], entry["reason"]) for entry in after["failed"]] == [(undone, "rolled_back")]
+        newest = {"tag": TAGS[4], "digest": image(4)["digest"]}
+        assert follow_plan(newest, {"host": [after]}).hosts == []
+        assert world.release(4, intent="converge").kept, "neither does a run over the whole site"
+        world.expect_settled(after["tag"])
         if ends[-1] == TAGS[4]:
             break
     assert list(dict.fromkeys(ends)) == [TAGS[2], "release", TAGS[4]], (
@@ -125,8 +135,8 @@ def test_a_release_under_way_and_one_that_was_interrupted(world: World) -> None:
     assert found["begun"] == "release"
     lock = logic.Lock(store.lock_path)
     lock.acquire(0)
-    lock.sign({"by": "carol", "since": "now", "pid": os.getpid(), "what": TAGS[2]})
-    assert look(world)["under_way"] == f"carol since now (process {os.getpid()}, releasing {TAGS[2]})"
+    lock.sign({"by": "carol", "since": "now", "pid": os.getpid(), "what": "a restart"})
+    assert look(world)["under_way"] == f"carol since now (process {os.getpid()}, a restart)"
     lock.release()
 
 
