@@ -192,7 +192,7 @@ class Platform:
             cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def release(self, tag: str | None, **values: Any) -> dict[str, Any]:
+    def release(self, tag: str | None = None, **values: Any) -> dict[str, Any]:
         process = self.begin(**({"tag": tag} if tag else {}), **values)
         output = process.communicate(timeout=300)[0]
         at = output.find("=> {")
@@ -841,7 +841,7 @@ def test_in_any_order_what_served_once_serves(platform: Platform) -> None:
         with platform.load() as seen:
             down = time.time()
             if delay is None:
-                result = platform.release(None, **runs[kind])
+                result = platform.release(**runs[kind])
             else:
                 killed = kill(platform, runs[kind], delay)
                 platform.until(SERVES)
