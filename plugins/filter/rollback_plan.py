@@ -16,7 +16,8 @@ version_added: 0.2.0
 author: The nemo platform project (@nemo-platform)
 description:
   - Puts what the hosts of a service run and have kept beside each other, so that a rollback sends no two of them to different images.
-  - Without a name it is the release before; where a run was killed in the middle of a release, it is the one which that was to replace.
+  - Without a name it is the release before; where a run was killed in the middle of a release, it is the one which that was to replace,
+    and where it was killed at the end of a rollback, what that led to.
   - That is refused where the hosts do not run one image, do not have the same one to go back to, are being worked on, or where the
     last release failed, before it began or after that, as what serves is the one before it.
 options:
@@ -95,9 +96,10 @@ def rollback_plan(found: Mapping[str, Sequence[Mapping[str, Any]]], release: str
     services = {host: entries[0] if entries else {} for host, entries in found.items()}
     have = {host: [service, *(service.get("kept") or [])] for host, service in services.items()}
     if not release:
-        undone = any(service.get("begun") == "release" for service in services.values())
+        # By a run that was killed: undone, or done but for what it has to clear away.
+        done = any(service.get("begun") in ("release", "rolled_back") for service in services.values())
         before: dict[str, Mapping[str, Any]] = {
-            host: entries[0] if undone else next((entry for entry in entries[1:] if not entry["left"]), {})
+            host: entries[0] if done else next((entry for entry in entries[1:] if not entry["left"]), {})
             for host, entries in have.items()
         }
         problem = problem_before(services, before)

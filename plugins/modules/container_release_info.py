@@ -62,7 +62,11 @@ services:
     health: {description: V(ok), or what is wrong., type: str, sample: ok}
     pinned: {description: "Why runs over the whole site leave it alone; empty where they do not.", type: str}
     under_way: {description: Which release is being made by whom since when; empty when none is., type: str}
-    begun: {description: "What was begun and serves nobody for good yet, V(release) or V(rollback); empty when nothing was.", type: str}
+    begun:
+      description: >-
+        What was begun and serves nobody for good yet, V(release) or V(rollback). V(rolled_back) where what a rollback leads to serves
+        for good, and the rest of that work is open. Empty otherwise.
+      type: str
     kept: {description: "Releases that can be rolled back to, the next one first.", type: list, elements: dict}
     failed: {description: "Releases that failed and are not tried again by themselves.", type: list, elements: dict}
     history:
@@ -113,6 +117,16 @@ def under_way(store: Store) -> str:
     return ""
 
 
+def begun(journal: Record | None, current: str | None) -> str:
+    """What a rollback has to know of a transition."""
+    if not journal:
+        return ""
+    kind = str(journal["kind"])
+    if journal["record"]["release"] != current:
+        return kind
+    return "rolled_back" if kind == "rollback" else ""
+
+
 def health_of(record: Record, public: Record) -> str:
     address = public["address"]
     local = "127.0.0.1" if address in ("", "0.0.0.0") else "::1" if address == "::" else address
@@ -140,7 +154,7 @@ def service(store: Store, name: str) -> Record | None:
         "health": health_of(current, public) if current and public else "nothing serves",
         "pinned": "%s, by %s at %s" % (pinned["why"], pinned["by"], pinned["since"]) if pinned else "",
         "under_way": under_way(store),
-        "begun": journal["kind"] if journal and journal["record"]["release"] != state.get("current") else "",
+        "begun": begun(journal, state.get("current")),
         "kept": [
             dict({key: entry.get(key, "") for key in BRIEF}, left=entry["release"] in left)
             for entry in sorted(kept, key=lambda entry: entry["release"] in left)

@@ -335,6 +335,14 @@ def crash_in_a_circle(world: World) -> None:
     assert {argv[2] for argv in world.commands} == {"inspect"}, "the engine goes on to start it"
 
 
+def test_the_reason_for_giving_up_stays(world: World) -> None:
+    crash_in_a_circle(world)
+    Server.mood = "hang"
+    world.now += 3600  # for longer than it may load
+    assert world.look().startswith("gave_up")
+    assert world.state["reason"] == "it ended 3 times before it had answered"
+
+
 def test_crashes_in_a_circle(world: World) -> None:
     crash_in_a_circle(world)
     Server.mood = "good"

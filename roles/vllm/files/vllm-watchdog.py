@@ -310,8 +310,8 @@ class Watchdog:
             self.state["strikes"] = 0
             return self.say("failing", "%s; a restart does not mend that" % answer.reason)
         self.state["strikes"] += 1
-        if self.state["strikes"] < int(self.config["strikes"]):
-            return self.say("gave_up" if self.state["state"] == "gave_up" else "failing", answer.reason)
+        if self.state["strikes"] < int(self.config["strikes"]) and self.state["state"] != "gave_up":
+            return self.say("failing", answer.reason)
         return self.restart(release, box, answer.reason)
 
     def restart(self, release: dict[str, Any], box: Container, reason: str) -> str:

@@ -123,6 +123,11 @@ def test_other_killed_runs_do_not_change_where_a_rollback_goes(begun: str) -> No
     assert rollback_plan(found) == {"problem": "", "releases": {"one": f"one {A['tag']}"}}
 
 
+def test_a_rollback_that_was_killed_as_it_cleared_away_goes_no_further() -> None:
+    found = {host: runs(host, B, A, **{**KILLED, "begun": "rolled_back"}) for host in ("one", "two")}
+    assert rollback_plan(found) == {"problem": "", "releases": {host: f"{host} {B['tag']}" for host in found}}
+
+
 def test_a_name_that_not_all_hosts_have_or_that_is_not_one_image() -> None:
     problem = rollback_plan({"one": runs("one", C, A), "two": runs("two", C, B)}, A["tag"])["problem"]
     assert problem == f"release {A['tag']} is not on all of its hosts; kept are: {B['tag']} (sha256:2) on two"

@@ -64,6 +64,43 @@ class Killed(BaseException):
     """The run is gone."""
 
 
+def kill_at(world: World, moment: int, number: int | None = None, **values: Any) -> bool:
+    """One run, and the end of its process after so many of its steps; whether there were so many."""
+    steps = 0
+
+    def event(_what: str) -> None:
+        nonlocal steps
+        steps += 1
+        if steps > moment:
+            raise Killed
+
+    releaser = world.releaser(world.params(number, **values), event=event)
+    with contextlib.suppress(Killed):
+        world.act(releaser)
+    releaser.images_lock.release()  # as the end of the process would
+    world.guard_acts()
+    return steps > moment
+
+
+def test_a_rollback_that_was_killed_and_is_begun_again_goes_no_further(tmp_path: Path) -> None:
+    begun: list[str] = []
+    for moment in range(0, 1000, 3):
+        (tmp_path / str(moment)).mkdir()
+        world = World(tmp_path / str(moment))
+        for number in (1, 2, 4):
+            world.release(number)
+        if not kill_at(world, moment, state="rolled_back", image=None, port=None):
+            break
+        found = look(world)
+        begun.append(found["begun"])
+        plan = rollback_plan({"host": [found]})
+        assert plan["problem"] == ""
+        if begun[-1] or found["tag"] == TAGS[4]:
+            world.rollback(release=plan["releases"]["host"])
+        world.expect_settled(TAGS[2])
+    assert [what for what in dict.fromkeys(begun) if what] == ["rollback", "rolled_back"]
+
+
 def test_a_rollback_after_a_killed_release_goes_to_the_one_that_it_was_to_replace(tmp_path: Path) -> None:
     ends: list[str] = []
     for moment in range(0, 1000, 3):
@@ -71,18 +108,7 @@ def test_a_rollback_after_a_killed_release_goes_to_the_one_that_it_was_to_replac
         world = World(tmp_path / str(moment))
         world.release(1)
         world.release(2)
-        left = [moment]
-
-        def event(_what: str, left: list[int] = left) -> None:
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed
-
-        releaser = world.releaser(world.params(4), event=event)
-        with contextlib.suppress(Killed):
-            world.act(releaser)
-        releaser.images_lock.release()  # as the end of the process would
-        world.guard_acts()
+        kill_at(world, moment, 4)
         found = look(world)
         plan = rollback_plan({"host": [found]})
         assert plan["problem"] == ""
