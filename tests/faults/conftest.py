@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import pathlib
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -20,6 +22,10 @@ from lab.aws import images
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 SITE = ["scripts/lab-env", "ansible-playbook", "-i", "inventories/lab", "site.yml"]
+# Tags of ai-dev, later than those of any run before: hosts remember what failed. A second gone by is a minute of theirs, as tags
+# have no seconds.
+BEGAN = datetime.datetime(2099, 1, 1) + datetime.timedelta(minutes=time.time() - 1.79e9)
+LATER = [f"{BEGAN + datetime.timedelta(minutes=minute):dev-%Y%m%d-%H%M}" for minute in range(6)]
 RECAP = re.compile(r"^(\S+)\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
 
 

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from tests.faults.conftest import LATER
+
 DEV = ("--limit", "ai_dev")
-NEWER_DEV = "dev-20990101-0000"
+NEWER_DEV = LATER[0]
 
 
 @pytest.fixture(autouse=True)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-# Hosts remember what failed: tags are later than those of any run before. A second gone by is a minute of theirs, as tags have no seconds.
-BEGAN = datetime.datetime(2099, 1, 1) + datetime.timedelta(minutes=time.time() - 1.79e9)
-GOOD, BAD, *MORE = (f"{BEGAN + datetime.timedelta(minutes=minute):dev-%Y%m%d-%H%M}" for minute in range(5))
+from tests.faults.conftest import LATER
+
+GOOD, BAD, *MORE = LATER[1:]
 # The unit fails where a release does; the state says which.
 LOOK = "systemctl start nemo-follow.service || true"
 On = Callable[[str, str], str]
