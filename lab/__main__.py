@@ -37,6 +37,7 @@ def engine_of_this_checkout() -> engines.Engine:
     others = hosts.others(engine)
     if others:
         raise LabError(f"the lab of another checkout is up: run `make lab-down` in {', '.join(sorted(others))} first")
+    hosts.take_over(engine)
     return engine
 
 

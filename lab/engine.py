@@ -16,6 +16,7 @@ from typing import Any
 
 from lab.console import LabError, say, step
 from lab.run import run
+from lab.settings import NETWORK
 
 RUN = pathlib.Path("/run/nemo-lab")
 DATA = pathlib.Path("/var/lib/nemo-lab")
@@ -202,6 +203,8 @@ def stop() -> None:
         with step("stopping the lab's own Docker Engine"):
             _end(signal.SIGTERM, 30, "dockerd")
             _end(signal.SIGKILL, 10, "dockerd", "containerd", "containerd-shim-runc-v2")
+    if DATA.exists() and pathlib.Path("/sys/class/net", NETWORK).exists():  # of an engine that was killed
+        run(["ip", "link", "delete", NETWORK])
     for folder in (RUN, DATA):
         if folder.exists():
             for mount in sorted(_mounts_below(folder), reverse=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import fcntl
 import hashlib
 import io
 import ipaddress
@@ -15,6 +16,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from lab import gpu, volume
 from lab.console import LabError, say
@@ -405,21 +407,46 @@ def is_up(address: str = MACHINE) -> bool:
 
 def objects(engine: Engine) -> dict[str, str]:
     """Containers of any lab on this engine, by name, with the checkout that owns each."""
-    return _owned(engine, "ps", "--all")
+    return {name: entry["Config"]["Labels"][LABEL] for name, entry in _labelled(engine, "container").items()}
 
 
 def others(engine: Engine) -> set[str]:
-    """Other checkouts whose lab is on this engine; one that is gone owns nothing any more."""
-    owners = set(objects(engine).values())
-    return {owner for owner in owners if owner != str(STATE.parent) and pathlib.Path(owner).exists()}
+    """Other checkouts whose lab is up on this engine, or about to be. A lab that stopped with its machine is not."""
+    found: dict[str, bool] = {}
+    for entry in _labelled(engine, "container").values():
+        owner = entry["Config"]["Labels"][LABEL]
+        found[owner] = found.get(owner, False) or entry["State"]["Running"]
+    found.pop(str(STATE.parent), None)
+    return {owner for owner, runs in found.items() if pathlib.Path(owner).exists() and (runs or _at_work(owner))}
 
 
-def _owned(engine: Engine, *listing: str) -> dict[str, str]:
-    name = "{{.ID}}" if listing[0] == "images" else "{{.Names}}"
-    lines = engine(*listing, "--filter", f"label={LABEL}", "--format", name).splitlines()
-    kind = "image" if listing[0] == "images" else "container"
-    found = {line: engine.inspect(kind, line) for line in lines}
-    return {line: entry["Config"]["Labels"][LABEL] for line, entry in found.items() if entry}
+def _at_work(owner: str) -> bool:
+    """Whether a lab command of that checkout runs just now."""
+    try:
+        with (pathlib.Path(owner) / STATE.name / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except (BlockingIOError, PermissionError):  # of another user it cannot be known
+        return True
+    return False
+
+
+def take_over(engine: Engine) -> None:
+    """Remove what other checkouts' labs left here: their containers hold the names and addresses of this one's."""
+    left = {name: owner for name, owner in objects(engine).items() if owner != str(STATE.parent)}
+    for owner in sorted(set(left.values())):
+        say(f"removing what is left of the lab of {owner}")
+    for name in left:
+        engine("rm", "--force", "--volumes", name)
+
+
+def _labelled(engine: Engine, kind: str) -> dict[str, dict[str, Any]]:
+    """Objects of any lab on this engine, with their descriptions."""
+    listing = ["images", "--format", "{{.ID}}"] if kind == "image" else ["ps", "--all", "--format", "{{.Names}}"]
+    names = engine(*listing, "--filter", f"label={LABEL}").splitlines()
+    found = {name: engine.inspect(kind, name) for name in names}
+    return {name: entry for name, entry in found.items() if entry}
 
 
 def scenario_hosts_down(engine: Engine, names: list[str]) -> None:
@@ -439,8 +466,8 @@ def down(engine: Engine) -> None:
             engine("rm", "--force", "--volumes", name, check=False)
     if not kept and engine.inspect("network", NETWORK):
         engine("network", "rm", NETWORK)
-    for image, owner in _owned(engine, "images").items():
-        if owner not in kept:
+    for image, entry in _labelled(engine, "image").items():
+        if entry["Config"]["Labels"][LABEL] not in kept:
             engine("rmi", "--force", image, check=False)
     for left in (KNOWN_HOSTS, KNOWN_HOSTS.with_name("known_hosts.old")):
         left.unlink(missing_ok=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import pathlib
 
 import pytest
 
@@ -76,3 +78,54 @@ def test_only_some_hosts_have_listeners() -> None:
     files, units = hosts._listeners(dataclasses.replace(NODE, role="eks-node", address="10.9.9.9"))
     unit = {path: data for path, data, _ in files}[f"/etc/systemd/system/{units[0]}.service"]
     assert b"kafka=10.9.9.9:9094" in unit
+
+
+class OneEngine:
+    """An engine with containers of labs, by name: the checkout that owns each, and whether it runs."""
+
+    def __init__(self, containers: dict[str, tuple[str, bool]]) -> None:
+        self.containers = containers
+
+    def __call__(self, verb: str, *args: str) -> str:
+        if verb == "ps":
+            return "\n".join(self.containers)
+        assert verb == "rm"
+        del self.containers[args[-1]]
+        return ""
+
+    def inspect(self, _kind: str, name: str) -> dict[str, object]:
+        owner, running = self.containers[name]
+        return {"Config": {"Labels": {"nemo.lab": owner}}, "State": {"Running": running}}
+
+
+def test_a_lab_of_another_checkout_counts_while_one_of_its_hosts_runs(tmp_path: pathlib.Path) -> None:
+    mine = str(hosts.STATE.parent)
+    engine = OneEngine({"a": (str(tmp_path), True), "b": (str(tmp_path), False), "c": (mine, True)})
+    assert hosts.others(engine) == {str(tmp_path)}  # type: ignore[arg-type]
+
+
+def test_a_lab_whose_engine_was_killed_does_not_count(tmp_path: pathlib.Path) -> None:
+    (tmp_path / ".lab").mkdir()
+    (tmp_path / ".lab/lock").touch()
+    engine = OneEngine({"a": (str(tmp_path), False), "b": (str(tmp_path), False)})
+    assert hosts.others(engine) == set()  # type: ignore[arg-type]
+
+
+def test_a_lab_of_a_checkout_that_is_gone_does_not_count(tmp_path: pathlib.Path) -> None:
+    engine = OneEngine({"a": (str(tmp_path / "gone"), True)})
+    assert hosts.others(engine) == set()  # type: ignore[arg-type]
+
+
+def test_a_lab_that_is_being_brought_up_counts(tmp_path: pathlib.Path) -> None:
+    (tmp_path / ".lab").mkdir()
+    engine = OneEngine({"a": (str(tmp_path), False)})
+    with (tmp_path / ".lab/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert hosts.others(engine) == {str(tmp_path)}  # type: ignore[arg-type]
+
+
+def test_taking_over_removes_what_others_left_and_no_host_of_this_checkout(tmp_path: pathlib.Path) -> None:
+    mine = str(hosts.STATE.parent)
+    engine = OneEngine({"a": (str(tmp_path), False), "b": (str(tmp_path / "gone"), True), "c": (mine, False)})
+    hosts.take_over(engine)  # type: ignore[arg-type]
+    assert list(engine.containers) == ["c"]
