@@ -16,6 +16,9 @@ from collections.abc import Sequence
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 TASK = re.compile(r"^TASK \[(?:(?P<role>[\w.]+) : )?(?P<name>.*?)\] \*")
 REMOTE = re.compile(r"^<(?P<host>[\d.]+)> SSH: EXEC ")
+FIRST_OF_A_SERVICE = "TASK [nemo.platform.container_service : Validating"
+# The run whose commands are counted: no change, on hosts that have one service each.
+COUNTED = ["scripts/lab-env", "ansible-playbook", "-i", "inventories/lab", "nemo.platform.ai", "-vvv"]
 CHANGED = re.compile(r"changed=(\d+)")
 
 
@@ -103,6 +106,14 @@ def remote_executions(output: str) -> dict[tuple[str, str], int]:
         if remote:
             counts[role, remote["host"]] += 1
     return counts
+
+
+def executions_for_services(output: str) -> dict[str, int]:
+    """Commands sent to each host for its services alone: from where container_service begins, HAProxy's package included."""
+    found: collections.Counter[str] = collections.Counter()
+    for (_, host), count in remote_executions(output[output.index(FIRST_OF_A_SERVICE) :]).items():
+        found[host] += count
+    return found
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import platform
 import subprocess
 import sys
 import tempfile
@@ -14,16 +15,19 @@ from collections.abc import Iterator
 from lab import hosts
 from lab.aws import images
 from lab.settings import REGISTRY
-from tests.bench.measure import CHECKOUT, cost, remote_executions, table
+from tests.bench.measure import CHECKOUT, COUNTED, cost, executions_for_services, table
 from tests.faults.test_releases import OWN_ERROR, PREPARE, Platform
 
 NAMES = ("bench-service", "bench-second", "bench-clients")
 OLD, NEW = "bench-20980101-0001", "bench-20980101-0002"
 BAD = {
     behaviour: f"bench-20980102-{number:04d}"
-    for number, behaviour in enumerate(("unhealthy", "hang", "crash", "crash-later", "errors", "leak"), start=1)
+    for number, behaviour in enumerate(
+        ("unhealthy", "hang", "crash", "crash-later", "errors", "leak", "slow-start"), start=1
+    )
 }
-MISSING = "bench-20980103-0001"  # never pushed
+GOOD_IN_THE_END = "slow-start"  # 15 s
+MISSING, FOREIGN = "bench-20980103-0001", "bench-20980103-0002"  # never pushed; for another kind of processor
 # What the usual way does: the container is stopped, removed, and made anew from the new image.
 PLAIN = """
 - hosts: service
@@ -37,7 +41,6 @@ PLAIN = """
         memory: 256m
         healthcheck: {test: [NONE]}
 """
-AI = ["scripts/lab-env", "ansible-playbook", "-i", "inventories/lab", "nemo.platform.ai", "-vvv"]
 # By kamal-deploy.org/docs: deploy_timeout 30, drain_timeout 30, retain_containers 5, proxy.healthcheck.interval 1 (seconds).
 KAMAL = "Kamal 2, documented defaults"
 
@@ -58,12 +61,13 @@ def _platform() -> Iterator[Platform]:
                 images.push(tag)
             for behaviour, tag in BAD.items():
                 images.push(tag, behaviour)
+            images.push(FOREIGN, architecture="arm64" if platform.machine() == "x86_64" else "amd64")
             for port in (8000, 8009):
                 made.open(made.service, port)
             made.play(PREPARE)
             yield made
     finally:
-        for tag in (OLD, NEW, *BAD.values()):
+        for tag in (OLD, NEW, *BAD.values(), FOREIGN):
             images.remove(tag)
         subprocess.run([*lab, "--remove", *NAMES], cwd=CHECKOUT, check=True, timeout=300)
 
@@ -101,7 +105,7 @@ def _plain(made: Platform) -> str:
 def _bad(made: Platform) -> list[tuple[str, ...]]:
     """Of each bad image: the decision, when it came, how long clients were led to it, and what they lost."""
     rows: list[tuple[str, ...]] = []
-    for behaviour, tag in {**BAD, "missing": MISSING}.items():
+    for behaviour, tag in {**BAD, "missing": MISSING, "wrong architecture": FOREIGN}.items():
         with made.load(slow="0", own_error=OWN_ERROR) as seen:
             began = time.monotonic()
             result = made.release(tag, health_timeout=20, bake_time=60, bake_min_requests=5)
@@ -111,8 +115,8 @@ def _bad(made: Platform) -> list[tuple[str, ...]]:
         led = f"{last - first:.1f} s" if count else "never"
         lost = f"{seen['failed']} of {seen['requests']}"
         decision = f"[{result['reason']}]" if result["failed"] else "NOT FOUND OUT"
-        if not result["failed"]:
-            made.good(NEW)
+        if behaviour == GOOD_IN_THE_END:
+            decision = "WRONGLY REFUSED" if result["failed"] else "released"
         rows.append((behaviour, decision, f"{seconds:.1f} s", led, str(seen["own_errors"]), lost))
     return rows
 
@@ -138,10 +142,7 @@ def releases() -> str:
         direct, proxied = _latency(made, state["releases"][0]["host_port"]), _latency(made, 8000)
         bad = _bad(made)
         plain = _plain(made)
-    output = cost(AI).output
-    # What is there for the service alone: HAProxy's package, and the module. Each host of the lab has one service.
-    counts = remote_executions(output[output.rindex("TASK [nemo.platform.packages") :])
-    executions, services = sum(counts.values()), len({host for _, host in counts})
+    executions = executions_for_services(cost(COUNTED).output)
     text = table(
         "A release, with clients asking (Ansible's start included)",
         ("what", "this project", "plain docker_container", KAMAL),
@@ -161,5 +162,6 @@ def releases() -> str:
         for name in ("p50", "p90", "p99", "max")
     ]
     text += table("What HAProxy adds to a request, ms", ("", "the release itself", "through HAProxy", "added"), rows)
-    each = f"{executions / services:.1f}"
-    return text + table("Remote executions of a no-change run for one service", ("container_service",), [(each,)])
+    return text + table(
+        "Remote executions of a no-change run for one service", ("host", "number"), list(executions.items())
+    )

@@ -6,6 +6,7 @@ import boto3
 import pytest
 
 from lab.settings import AWS_API, REGION
+from tests.bench.measure import COUNTED, cost, executions_for_services
 
 SERVICES = [
     pytest.param("ai-prod", "10.0.2.31", 8000, "prod-20250718-1040", id="ai-prod"),
@@ -51,3 +52,11 @@ def test_the_service_can_read_its_secrets_and_they_are_no_environment(get_json, 
 @pytest.mark.parametrize(("host", "address", "port", "tag"), SERVICES)
 def test_the_service_answers_a_request(get_json, host, address, port, tag):
     assert get_json("bastion", f"http://{address}:{port}/v1/echo?text=hello") == {"text": "hello"}
+
+
+def test_a_run_that_changes_nothing_reaches_a_host_at_most_three_times_for_its_service():
+    run = cost(COUNTED, check=False)
+    executions = executions_for_services(run.output)
+    assert (run.returncode, run.changed) == (0, 0), run.output[-6000:]
+    assert sorted(executions) == ["10.0.2.31", "10.0.2.32"]
+    assert max(executions.values()) <= 3, executions
