@@ -34,10 +34,10 @@ def only_one() -> Iterator[None]:
 def engine_of_this_checkout() -> engines.Engine:
     """The engine, if no other checkout has its lab there: the platform's addresses exist once on a machine."""
     engine = engines.ensure()
-    others = hosts.others(engine)
-    if others:
-        raise LabError(f"the lab of another checkout is up: run `make lab-down` in {', '.join(sorted(others))} first")
-    hosts.take_over(engine)
+    up = sorted(owner for owner, is_up in hosts.others(engine).items() if is_up)
+    if up:
+        raise LabError(f"the lab of another checkout is up: run `make lab-down` in {', '.join(up)} first")
+    hosts.remove_left(engine)
     return engine
 
 
@@ -127,7 +127,7 @@ def down(_: argparse.Namespace) -> None:
     """Remove the lab: containers, network, images, and the engine if the lab started it."""
     with only_one():
         engine = engines.running()
-        others = hosts.others(engine) if engine else set()
+        others = hosts.others(engine) if engine else {}
         if engine:
             hosts.down(engine)
         if not others:

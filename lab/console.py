@@ -16,7 +16,8 @@ class LabError(Exception):
 
 def say(text: str) -> None:
     """One line of progress, with the seconds since the start."""
-    print(f"[lab {time.monotonic() - _START:5.1f}s] {text}", file=sys.stderr, flush=True)
+    # One write with its newline: steps run beside each other.
+    print(f"[lab {time.monotonic() - _START:5.1f}s] {text}\n", file=sys.stderr, end="", flush=True)
 
 
 @contextlib.contextmanager

@@ -203,13 +203,14 @@ def stop() -> None:
         with step("stopping the lab's own Docker Engine"):
             _end(signal.SIGTERM, 30, "dockerd")
             _end(signal.SIGKILL, 10, "dockerd", "containerd", "containerd-shim-runc-v2")
-    if DATA.exists() and pathlib.Path("/sys/class/net", NETWORK).exists():  # of an engine that was killed
-        run(["ip", "link", "delete", NETWORK])
+    killed = DATA.exists() and pathlib.Path("/sys/class/net", NETWORK).exists()  # else it took its bridge away
     for folder in (RUN, DATA):
         if folder.exists():
             for mount in sorted(_mounts_below(folder), reverse=True):
                 run(["umount", "--lazy", mount], check=False)
             shutil.rmtree(folder)
+    if killed and shutil.which("ip"):
+        run(["ip", "link", "delete", NETWORK])
 
 
 def _mounts_below(folder: pathlib.Path) -> list[str]:

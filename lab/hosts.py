@@ -363,15 +363,17 @@ def up(engine: Engine, image: str, ca: bytes, mirror_key: str) -> bool:
 
 def scenario(engine: Engine, names: list[str]) -> list[Host]:
     """The hosts with these names for tests: each at an address that no other one has."""
-    containers = {host.container: host for host in (Host(f"{SCENARIO}{name}", "", "ai") for name in names)}
-    found = [engine.inspect("container", name) for name in objects(engine) if name.startswith(f"nemo-lab-{SCENARIO}")]
+    wanted = {host.container: host for host in (Host(f"{SCENARIO}{name}", "", "ai") for name in names)}
+    found = [
+        engine.inspect("container", name) for name in containers(engine) if name.startswith(f"nemo-lab-{SCENARIO}")
+    ]
     taken = {
         entry["NetworkSettings"]["Networks"][NETWORK]["IPAMConfig"]["IPv4Address"]
         for entry in found
-        if entry and entry["Name"].lstrip("/") not in containers
+        if entry and entry["Name"].lstrip("/") not in wanted
     }
     free = (address for address in map("10.0.2.{}".format, range(101, 200)) if address not in taken)
-    return [dataclasses.replace(host, address=next(free)) for host in containers.values()]
+    return [dataclasses.replace(host, address=next(free)) for host in wanted.values()]
 
 
 def scenario_hosts(engine: Engine, image: str, ca: bytes, mirror_key: str, hosts: list[Host]) -> None:
@@ -395,63 +397,74 @@ def _forget(address: str) -> None:
             run(["ssh-keygen", "-R", address, "-f", str(KNOWN_HOSTS)])
 
 
-def is_up(address: str = MACHINE) -> bool:
+def is_up() -> bool:
     """Whether the lab's addresses lead to the lab, and not out of this machine."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind((address, 0))
+            probe.bind((MACHINE, 0))
+        # A bridge without one running container, as a killed engine leaves it, has no carrier.
+        return pathlib.Path(f"/sys/class/net/{NETWORK}/carrier").read_text().strip() == "1"
     except OSError:
         return False
-    return True
 
 
-def objects(engine: Engine) -> dict[str, str]:
+def containers(engine: Engine) -> dict[str, str]:
     """Containers of any lab on this engine, by name, with the checkout that owns each."""
-    return {name: entry["Config"]["Labels"][LABEL] for name, entry in _labelled(engine, "container").items()}
+    return {name: owner for name, (owner, _) in _labelled(engine, "container").items()}
 
 
-def others(engine: Engine) -> set[str]:
-    """Other checkouts whose lab is up on this engine, or about to be. A lab that stopped with its machine is not."""
+def others(engine: Engine) -> dict[str, bool]:
+    """Other checkouts with hosts on this engine, and whether their lab is up or about to be; one that is gone has none."""
     found: dict[str, bool] = {}
-    for entry in _labelled(engine, "container").values():
-        owner = entry["Config"]["Labels"][LABEL]
-        found[owner] = found.get(owner, False) or entry["State"]["Running"]
-    found.pop(str(STATE.parent), None)
-    return {owner for owner, runs in found.items() if pathlib.Path(owner).exists() and (runs or _at_work(owner))}
+    for owner, entry in _labelled(engine, "container").values():
+        if owner != str(STATE.parent) and not _gone(owner):
+            found[owner] = found.get(owner, False) or entry["State"]["Running"] or _at_work(owner)
+    return found
 
 
-def _at_work(owner: str) -> bool:
-    """Whether a lab command of that checkout runs just now."""
+def _gone(checkout: str) -> bool:
     try:
-        with (pathlib.Path(owner) / STATE.name / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except (BlockingIOError, PermissionError):  # of another user it cannot be known
+        pathlib.Path(checkout).stat()
+    except (FileNotFoundError, NotADirectoryError):
         return True
+    except PermissionError:  # below another user's home
+        pass
     return False
 
 
-def take_over(engine: Engine) -> None:
+def _at_work(checkout: str) -> bool:
+    """Whether a lab command of that checkout runs just now."""
+    try:
+        with (pathlib.Path(checkout) / STATE.name / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def remove_left(engine: Engine) -> None:
     """Remove what other checkouts' labs left here: their containers hold the names and addresses of this one's."""
-    left = {name: owner for name, owner in objects(engine).items() if owner != str(STATE.parent)}
+    left = {name: owner for name, owner in containers(engine).items() if owner != str(STATE.parent)}
     for owner in sorted(set(left.values())):
         say(f"removing what is left of the lab of {owner}")
-    for name in left:
-        engine("rm", "--force", "--volumes", name)
+    for name, owner in left.items():
+        # Not by force where the owner may have started it meanwhile: the engine refuses then.
+        engine("rm", *(["--force"] if _gone(owner) else []), "--volumes", name)
 
 
-def _labelled(engine: Engine, kind: str) -> dict[str, dict[str, Any]]:
-    """Objects of any lab on this engine, with their descriptions."""
+def _labelled(engine: Engine, kind: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Objects of any lab on this engine: the checkout that owns each, and its description."""
     listing = ["images", "--format", "{{.ID}}"] if kind == "image" else ["ps", "--all", "--format", "{{.Names}}"]
     names = engine(*listing, "--filter", f"label={LABEL}").splitlines()
     found = {name: engine.inspect(kind, name) for name in names}
-    return {name: entry for name, entry in found.items() if entry}
+    return {name: (entry["Config"]["Labels"][LABEL], entry) for name, entry in found.items() if entry}
 
 
 def scenario_hosts_down(engine: Engine, names: list[str]) -> None:
     """Remove hosts of scenario_hosts: those that are named, or all."""
-    for name in objects(engine):
+    for name in containers(engine):
         if name.removeprefix(f"nemo-lab-{SCENARIO}") in names or (
             name.startswith(f"nemo-lab-{SCENARIO}") and not names
         ):
@@ -461,13 +474,13 @@ def scenario_hosts_down(engine: Engine, names: list[str]) -> None:
 def down(engine: Engine) -> None:
     """Remove this lab's containers, volumes, network and images; all bear its label."""
     kept = others(engine)
-    for name, owner in objects(engine).items():
+    for name, owner in containers(engine).items():
         if owner not in kept:
             engine("rm", "--force", "--volumes", name, check=False)
     if not kept and engine.inspect("network", NETWORK):
         engine("network", "rm", NETWORK)
-    for image, entry in _labelled(engine, "image").items():
-        if entry["Config"]["Labels"][LABEL] not in kept:
+    for image, (owner, _) in _labelled(engine, "image").items():
+        if owner not in kept:
             engine("rmi", "--force", image, check=False)
     for left in (KNOWN_HOSTS, KNOWN_HOSTS.with_name("known_hosts.old")):
         left.unlink(missing_ok=True)

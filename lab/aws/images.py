@@ -96,11 +96,11 @@ def ensure() -> bool:
 
 
 def push(
-    tag: str, behaviour: str = "healthy", *, repository: str = AI.name, architecture: str = "", padding: int = 0
+    tag: str, behaviour: str = "healthy", *, repository: str = AI.name, foreign: bool = False, padding: int = 0
 ) -> str:
     """Push an image that behaves like this, and return its digest. A tag that is there already moves.
 
-    With an architecture other than this machine's (amd64, arm64), the image claims to be for that one.
+    A foreign image claims to be for another kind of processor than this machine's.
     With padding, it is larger by as many MiB that no compression makes smaller.
     """
     where = of_name(repository)
@@ -108,7 +108,7 @@ def push(
         raise LabError(f"no image of {where.name} behaves {behaviour!r}: one of {', '.join(where.behaviours)}")
     if not re.fullmatch(r"\w[\w.-]{0,127}", tag, re.ASCII):
         raise LabError(f"{tag!r} cannot be a tag: letters, digits, '_', '.' and '-', at most 128, not '.' or '-' first")
-    made = _built(where, tag, behaviour, architecture, padding)
+    made = _built(where, tag, behaviour, foreign=foreign, padding=padding)
     publish(where, tag, made)
     say(f"{where.name}:{tag} is {made.digest} ({behaviour})")
     return made.digest
@@ -147,7 +147,7 @@ class Image:
         self.digest = digest_of(self.manifest)
 
 
-def _built(repository: Repository, tag: str, behaviour: str, architecture: str = "", padding: int = 0) -> Image:
+def _built(repository: Repository, tag: str, behaviour: str, *, foreign: bool = False, padding: int = 0) -> Image:
     base, base_diff = layers.base(image.debs() / "app")
     program = repository.layer()
     blobs, diffs = [Blob.of(base), Blob.of(gzip.compress(program, 9, mtime=0))], [base_diff, digest_of(program)]
@@ -155,7 +155,9 @@ def _built(repository: Repository, tag: str, behaviour: str, architecture: str =
         ballast = layers.archive({"opt/padding": (os.urandom(padding << 20), 0o644)})
         blobs.append(Blob.of(gzip.compress(ballast, 1, mtime=0)))
         diffs.append(digest_of(ballast))
-    return Image(blobs, configuration(repository, tag, behaviour, architecture or _architecture(), diffs))
+    own = ARCHITECTURES[payload.machine()]
+    architecture = next(name for name in ARCHITECTURES.values() if (name == own) != foreign)
+    return Image(blobs, configuration(repository, tag, behaviour, architecture, diffs))
 
 
 def configuration(
@@ -218,7 +220,3 @@ def _known(repository: Repository) -> list[dict[str, Any]]:
 
 def _json(content: dict[str, Any]) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _architecture() -> str:
-    return ARCHITECTURES[payload.machine()]

@@ -407,7 +407,7 @@ def test_an_image_that_leaks_is_taken_back(running: Platform) -> None:
 
 def test_a_tag_that_is_missing_and_an_image_for_another_machine(running: Platform) -> None:
     foreign = "test-20980103-0001"
-    images.push(foreign, architecture="arm64")
+    images.push(foreign, foreign=True)
     try:
         with running.load() as seen:
             assert running.release("test-20990101-0000")["reason"] == "not_found"

@@ -6,7 +6,7 @@ import boto3
 import pytest
 
 from lab.settings import AWS_API, REGION
-from tests.bench.measure import COUNTED, cost, executions_for_services
+from tests.bench.measure import AI_AGAIN, cost, executions_for_services
 
 SERVICES = [
     pytest.param("ai-prod", "10.0.2.31", 8000, "prod-20250718-1040", id="ai-prod"),
@@ -54,9 +54,8 @@ def test_the_service_answers_a_request(get_json, host, address, port, tag):
     assert get_json("bastion", f"http://{address}:{port}/v1/echo?text=hello") == {"text": "hello"}
 
 
-def test_a_run_that_changes_nothing_reaches_a_host_at_most_three_times_for_its_service():
-    run = cost(COUNTED, check=False)
-    executions = executions_for_services(run.output)
+def test_a_run_that_changes_nothing_reaches_a_host_twice_for_its_service():
+    run = cost(AI_AGAIN, check=False)
     assert (run.returncode, run.changed) == (0, 0), run.output[-6000:]
-    assert sorted(executions) == ["10.0.2.31", "10.0.2.32"]
-    assert max(executions.values()) <= 3, executions
+    # HAProxy's package, and the release; three are promised at most.
+    assert executions_for_services(run.output) == {"10.0.2.31": 2, "10.0.2.32": 2}

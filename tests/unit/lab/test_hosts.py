@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import pathlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
 
 import pytest
 
+from lab import engine as engines
 from lab import hosts
+from lab.__main__ import engine_of_this_checkout
+from lab.console import LabError
 from lab.settings import BASTION, HOSTS, INSTANCES, NODE, OPERATORS
 
 
@@ -83,49 +88,95 @@ def test_only_some_hosts_have_listeners() -> None:
 class OneEngine:
     """An engine with containers of labs, by name: the checkout that owns each, and whether it runs."""
 
+    own = True
+
     def __init__(self, containers: dict[str, tuple[str, bool]]) -> None:
         self.containers = containers
 
-    def __call__(self, verb: str, *args: str) -> str:
+    def __call__(self, verb: str, *args: str, check: bool = True) -> str:
         if verb == "ps":
             return "\n".join(self.containers)
-        assert verb == "rm"
-        del self.containers[args[-1]]
+        if verb == "rm":
+            assert "--volumes" in args
+            if self.containers[args[-1]][1] and "--force" not in args:
+                raise LabError("cannot remove a running container")
+            del self.containers[args[-1]]
         return ""
 
-    def inspect(self, _kind: str, name: str) -> dict[str, object]:
+    def inspect(self, kind: str, name: str) -> dict[str, object] | None:
+        if kind == "network":
+            return None
         owner, running = self.containers[name]
         return {"Config": {"Labels": {"nemo.lab": owner}}, "State": {"Running": running}}
 
 
-def test_a_lab_of_another_checkout_counts_while_one_of_its_hosts_runs(tmp_path: pathlib.Path) -> None:
-    mine = str(hosts.STATE.parent)
-    engine = OneEngine({"a": (str(tmp_path), True), "b": (str(tmp_path), False), "c": (mine, True)})
-    assert hosts.others(engine) == {str(tmp_path)}  # type: ignore[arg-type]
+MINE = str(hosts.STATE.parent)
+EngineWith = Callable[..., engines.Engine]
 
 
-def test_a_lab_whose_engine_was_killed_does_not_count(tmp_path: pathlib.Path) -> None:
+@pytest.fixture
+def engine_with(monkeypatch: pytest.MonkeyPatch) -> EngineWith:
+    """An engine with these containers is the one that answers."""
+
+    def make(**containers: tuple[str, bool]) -> engines.Engine:
+        made = cast("engines.Engine", OneEngine(containers))
+        monkeypatch.setattr(engines, "ensure", lambda: made)
+        monkeypatch.setattr(engines, "running", lambda: made)
+        return made
+
+    return make
+
+
+def left(engine: engines.Engine) -> list[str]:
+    return list(cast("OneEngine", engine).containers)
+
+
+def test_while_a_host_of_another_checkout_runs_this_one_has_no_lab(engine_with: EngineWith, tmp_path: Path) -> None:
+    engine = engine_with(a=(str(tmp_path), True), b=(str(tmp_path), False), c=(MINE, True))
+    with pytest.raises(LabError, match=f"run `make lab-down` in {tmp_path} first"):
+        engine_of_this_checkout()
+    assert left(engine) == ["a", "b", "c"]
+
+
+def test_a_lab_that_is_being_brought_up_counts_as_up(engine_with: EngineWith, tmp_path: Path) -> None:
     (tmp_path / ".lab").mkdir()
-    (tmp_path / ".lab/lock").touch()
-    engine = OneEngine({"a": (str(tmp_path), False), "b": (str(tmp_path), False)})
-    assert hosts.others(engine) == set()  # type: ignore[arg-type]
-
-
-def test_a_lab_of_a_checkout_that_is_gone_does_not_count(tmp_path: pathlib.Path) -> None:
-    engine = OneEngine({"a": (str(tmp_path / "gone"), True)})
-    assert hosts.others(engine) == set()  # type: ignore[arg-type]
-
-
-def test_a_lab_that_is_being_brought_up_counts(tmp_path: pathlib.Path) -> None:
-    (tmp_path / ".lab").mkdir()
-    engine = OneEngine({"a": (str(tmp_path), False)})
+    engine_with(a=(str(tmp_path), False))
     with (tmp_path / ".lab/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert hosts.others(engine) == {str(tmp_path)}  # type: ignore[arg-type]
+        with pytest.raises(LabError, match="run `make lab-down`"):
+            engine_of_this_checkout()
 
 
-def test_taking_over_removes_what_others_left_and_no_host_of_this_checkout(tmp_path: pathlib.Path) -> None:
-    mine = str(hosts.STATE.parent)
-    engine = OneEngine({"a": (str(tmp_path), False), "b": (str(tmp_path / "gone"), True), "c": (mine, False)})
-    hosts.take_over(engine)  # type: ignore[arg-type]
-    assert list(engine.containers) == ["c"]
+def test_what_a_killed_engine_left_of_another_lab_goes(engine_with: EngineWith, tmp_path: Path) -> None:
+    (tmp_path / ".lab").mkdir()
+    (tmp_path / ".lab/lock").touch()
+    engine = engine_with(a=(str(tmp_path), False), b=(str(tmp_path / "gone"), True), c=(MINE, False))
+    engine_of_this_checkout()
+    assert left(engine) == ["c"]
+
+
+def test_what_another_checkout_starts_meanwhile_stays(engine_with: EngineWith, tmp_path: Path) -> None:
+    engine = engine_with(a=(str(tmp_path), True))
+    with pytest.raises(LabError, match="running"):
+        hosts.remove_left(engine)
+    assert left(engine) == ["a"]
+
+
+def test_lab_down_leaves_another_checkouts_hosts_stopped_or_not(
+    engine_with: EngineWith, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_with(a=(str(tmp_path), False), b=(str(tmp_path / "gone"), False), c=(MINE, True))
+    monkeypatch.setattr(hosts, "KNOWN_HOSTS", tmp_path / "known_hosts")
+    hosts.down(engine)
+    assert left(engine) == ["a"]
+    assert hosts.others(engine) == {str(tmp_path): False}
+
+
+def test_a_checkout_in_a_home_that_cannot_be_read_is_not_gone(
+    engine_with: EngineWith, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert hosts.others(engine_with(a=("/home/alice/project", True))) == {"/home/alice/project": True}
