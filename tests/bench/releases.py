@@ -162,5 +162,5 @@ def releases() -> str:
     ]
     text += table("What HAProxy adds to a request, ms", ("", "the release itself", "through HAProxy", "added"), rows)
     return text + table(
-        "Remote executions of a no-change run for one service", ("host", "number"), list(executions.items())
+        f"Remote executions for one service, changed={again.changed}", ("host", "number"), list(executions.items())
     )
