@@ -68,6 +68,8 @@ elif words[0] == "pull":
                 sys.stdout.write(f"\x1b[1A\x1b[2K\r{{layer}}: Downloading {{bar}}  {{got}}MB/{{megabytes}}MB\r\x1b[1B")
                 sys.stdout.flush()
             time.sleep(float((state / "pause").read_text()) if (state / "pause").exists() else 0)
+            while (state / "hold").exists():
+                time.sleep(0.02)
         print(layer + ": Download complete", flush=True)
         print(layer + ": Pull complete", flush=True)
     (state / "pulled.json").rename(state / "image.json")
@@ -170,11 +172,14 @@ def test_by_its_tag_where_no_digest_is_given(host: Host) -> None:
 
 
 def test_in_the_background_and_attached_to(host: Host) -> None:
-    (host.state / "pause").write_text("0.5")
+    (host.state / "hold").touch()
+    (host.state / "pause").write_text("1")
     started = host.run(wait=False)
     assert (started["changed"], started["action"], started["config"]) == (True, "started", {}), started
     assert host.run(wait=False)["action"] == "started"
-    assert host.run()["action"] == "pulled"
+    attached = host.start()
+    (host.state / "hold").unlink()  # five pauses are left in which it attaches
+    assert host.result(attached)["action"] == "pulled"
     assert len(host.asked("pull")) == 1
     assert host.said()[0].startswith(f"pulling {REFERENCE}")
     assert host.said()[-1].startswith("pulled in ")
