@@ -65,7 +65,9 @@ def access() -> dict[str, str]:
     configs = {USER: hosts.SSH_CONFIG, "alice": hosts.operator_config("alice"), "bob": hosts.operator_config("bob")}
     found = {}
     for name, config in configs.items():
-        argv = ["ssh", "-F", str(config), "-o", "ControlPath=none", "-o", "BatchMode=yes", "bastion", "id -un"]
+        # sshd closes its port for a moment when it is reloaded: ssh asks again, a second later, when it is refused.
+        options = ("ControlPath=none", "BatchMode=yes", "ConnectionAttempts=5")
+        argv = ["ssh", "-F", str(config), *(f"-o{option}" for option in options), "bastion", "id -un"]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
         found[name] = done.stdout.strip() or done.stderr.strip()
     return found

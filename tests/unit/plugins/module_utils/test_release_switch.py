@@ -28,6 +28,8 @@ class Release(Service):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.errs = False
+        self.goes_on = threading.Event()  # while it is not set, what is slow does not end
+        self.goes_on.set()
         release = self
 
         class Handler(self.RequestHandlerClass):  # type: ignore[name-defined] # the class above has made it
@@ -35,6 +37,7 @@ class Release(Service):
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 if self.path == "/slow":
                     time.sleep(SLOW)
+                    release.goes_on.wait(20)
                 self.send_response(500 if release.errs and self.path != "/slow" else 200)
                 self.send_header("Content-Length", str(len(name)))
                 self.end_headers()
@@ -132,9 +135,11 @@ def test_the_way_back_from_a_release_that_errs_costs_only_its_own_errors(host: H
     host.proxy.switch(host.settings, "b", host.ports, standby=True)
     time.sleep(0.5)
     host.new.errs = True
+    host.new.goes_on.clear()
     time.sleep(0.5)
     host.proxy.switch(host.settings, "a", host.ports)
     assert left(host), "slow requests are still at the release that is left"
+    host.new.goes_on.set()
     wait_for(lambda: left(host) == 0)
     host.new.end()
     time.sleep(SLOW + 0.3)
