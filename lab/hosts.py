@@ -402,7 +402,8 @@ def is_up() -> bool:
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.bind((MACHINE, 0))
-        # A bridge without one running container, as a killed engine leaves it, has no carrier.
+        # A bridge without one container has no carrier. Just after an engine was killed it still has one: the containers'
+        # network namespaces stay mounted. Nothing leaves this machine then; `make lab` brings the lab back.
         return pathlib.Path(f"/sys/class/net/{NETWORK}/carrier").read_text().strip() == "1"
     except OSError:
         return False
