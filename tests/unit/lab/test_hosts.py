@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import fcntl
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import cast
 
 import pytest
 
+from lab import __main__ as commands
 from lab import engine as engines
 from lab import hosts
 from lab.__main__ import engine_of_this_checkout
@@ -170,6 +173,19 @@ def test_lab_down_leaves_another_checkouts_hosts_stopped_or_not(
     hosts.down(engine)
     assert left(engine) == ["a"]
     assert hosts.others(engine) == {str(tmp_path): False}
+
+
+@pytest.mark.parametrize("of_another", [True, False])
+def test_lab_down_stops_the_engine_only_where_no_other_checkout_has_hosts(
+    engine_with: EngineWith, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_another: bool
+) -> None:
+    engine_with(a=(str(tmp_path) if of_another else MINE, False))
+    stopped = []
+    monkeypatch.setattr(engines, "stop", lambda: stopped.append("the engine"))
+    monkeypatch.setattr(hosts, "KNOWN_HOSTS", tmp_path / "known_hosts")
+    monkeypatch.setattr(commands, "only_one", contextlib.nullcontext)  # a lab command may be at work beside the tests
+    commands.down(argparse.Namespace())
+    assert stopped == ([] if of_another else ["the engine"])
 
 
 def test_a_checkout_in_a_home_that_cannot_be_read_is_not_gone(
